@@ -1,0 +1,34 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: venv demo test test-long lint bench clean
+
+venv: $(STAMP)
+
+$(STAMP): requirements.txt requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements-dev.txt)"
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+demo: venv
+	$(BIN)/python -m demo
+
+test: venv
+	$(BIN)/python -m pytest -q
+
+test-long: venv
+	$(BIN)/python -m pytest -q -m "" --hypothesis-profile=long
+
+bench: venv
+	$(BIN)/python -m bench
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .pytest_cache .ruff_cache .hypothesis demo/output
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,22 @@
+"""Shared by all tests: golden numbers and how many examples a property is tried on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("short", max_examples=50, deadline=None)
+settings.register_profile("long", max_examples=2000, deadline=None)
+settings.load_profile("short")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Any]:
+    """Reads ``tests/golden/<name>.json``: outputs of the public reference implementations."""
+    folder = Path(__file__).parent / "golden"
+    return lambda name: json.loads((folder / f"{name}.json").read_text())
