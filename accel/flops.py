@@ -1,15 +1,15 @@
 """What a forward costs: floating-point operations of a Wan-layout video transformer, counted from its shape.
 
-Published counts follow different conventions (dense, block-causal, full K/V), so this one has a name. ``CONVENTION``:
-matrix products and convolutions only, 2 FLOPs per multiply-add, attention counted densely over the keys it is given, every
-CFG branch counted. Norms, activations, rotary embedding and softmax are not counted. This is what
-``torch.utils.flop_counter.FlopCounterMode`` counts on the meta device, to the FLOP; on the CPU that counter reports fused
-attention as 0.
+Published counts follow different conventions (dense, block-causal, full K/V), so this one has a name, ``CONVENTION``:
+matrix products and convolutions only, 2 FLOPs per multiply-add, attention counted densely over the keys it is given,
+every CFG branch counted. Norms, activations, rotary embedding and softmax are not counted. This is to the FLOP what
+``torch.utils.flop_counter.FlopCounterMode`` counts on the meta device; on the CPU that counter takes fused attention
+for 0.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from math import prod
 
 CONVENTION = "dense, 2 FLOPs per multiply-add, matmuls and convolutions only, every CFG branch counted"
@@ -57,15 +57,13 @@ class WanShape:
     text_dim: int = 4096
 
     def __post_init__(self) -> None:
-        sizes = (self.dim, self.ffn_dim, self.layers, self.heads, self.text_tokens, *self.patch, self.in_channels,
-                 self.out_channels, self.freq_dim, self.text_dim)
-        if min(sizes) < 1:
+        if min(min(size) if isinstance(size, tuple) else size for size in astuple(self)) < 1:
             raise ValueError(f"WanShape: every size must be 1 or more, got {self}.")
         if self.dim % self.heads:
-            raise ValueError(f"WanShape: dim {self.dim} is not a multiple of heads {self.heads}; heads share the width.")
+            raise ValueError(f"WanShape: dim {self.dim} is not a multiple of heads {self.heads}.")
 
     def tokens_per_frame(self, height: int, width: int) -> int:
-        """Tokens of one latent frame of ``height`` x ``width`` latent pixels; a ragged edge is padded to a whole patch."""
+        """Tokens of one latent frame of ``height`` x ``width`` latent pixels; a ragged edge is a whole patch."""
         _, rows, columns = self.patch
         return -(-height // rows) * -(-width // columns)
 
@@ -88,7 +86,8 @@ class WanShape:
 
     def text_flops(self) -> int:
         """FLOPs of the prompt's embedding."""
-        return linear_flops(self.text_tokens, self.text_dim, self.dim) + linear_flops(self.text_tokens, self.dim, self.dim)
+        rows = self.text_tokens
+        return linear_flops(rows, self.text_dim, self.dim) + linear_flops(rows, self.dim, self.dim)
 
     def patch_flops(self, tokens: int) -> int:
         """FLOPs of the patch embedding."""
@@ -114,12 +113,12 @@ class WanShape:
         Args:
             frames: latent frames of the window, a multiple of the temporal patch.
             tokens_per_frame: tokens of one latent frame (of one temporal patch where that is longer than a frame).
-            kv_tokens: keys that every query of self-attention reads, stored ones included; None for those of the window.
+            kv_tokens: keys that a query of self-attention reads, stored ones included; None for those of the window.
                 For a block-causal mask give the mean over the queries.
             branches: CFG branches (times batch), each a forward of its own.
             time_rows: rows of the time embedding; None for one per latent frame (diffusion forcing), 1 where all frames
                 share a noise level.
-            text: False where the prompt's embedding and its cross-attention keys and values are stored and not computed.
+            text: False where the prompt's embedding and its cross-attention keys and values are stored.
             head: False where the output is not needed, as in a pass that only commits K/V.
 
         Returns:

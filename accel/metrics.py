@@ -1,14 +1,15 @@
 """How close a video is to its reference, and whether it gets worse along the way.
 
 Videos are ``[B, C, T, H, W]`` with values in [0, 1]; latents have the same axes and any range. The reference is the run
-without acceleration, from the same noise. Everything but SSIM is exact arithmetic in float64, one frame at a time, so a long
-video needs no second copy of itself. SSIM comes from kornia, which is imported when it is asked for.
+without acceleration, from the same noise. Errors are summed in float64, one frame at a time, so a long video needs no
+second copy of itself. SSIM comes from kornia, which is imported when it is asked for.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ def _check(reference: Tensor, video: Tensor, frames: int = 1) -> None:
     for name, value in (("reference", reference), ("video", video)):
         if value.ndim != 5 or not value.is_floating_point():
             raise ValueError(
-                f"metrics: {name} must be a floating-point tensor [B, C, T, H, W], got {value.dtype} {tuple(value.shape)}."
+                f"metrics: {name} must be a floating-point tensor [B, C, T, H, W], "
+                f"got {value.dtype} {tuple(value.shape)}."
             )
     if reference.shape != video.shape:
         raise ValueError(
@@ -27,6 +29,10 @@ def _check(reference: Tensor, video: Tensor, frames: int = 1) -> None:
         )
     if reference.shape[2] < frames or not reference.numel():
         raise ValueError(f"metrics: needs {frames} or more frames that are not empty, got {tuple(reference.shape)}.")
+
+
+def _frames(reference: Tensor, video: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(reference.unbind(2), video.unbind(2), strict=True)
 
 
 def _decibel(error: float) -> float:
@@ -40,7 +46,7 @@ def frame_mse(reference: Tensor, video: Tensor) -> Tensor:
         ValueError: tensors that are not floating-point ``[B, C, T, H, W]`` of one shape.
     """
     _check(reference, video)
-    errors = [(a.double() - b.double()).square().mean() for a, b in zip(reference.unbind(2), video.unbind(2))]
+    errors = [(a.double() - b.double()).square().mean() for a, b in _frames(reference, video)]
     return torch.stack(errors).cpu()
 
 
@@ -78,8 +84,8 @@ def psnr_per_segment(reference: Tensor, video: Tensor, segments: Sequence[tuple[
 def drift(curve: Sequence[float]) -> float:
     """Least-squares slope of a per-segment curve, in its unit per segment; negative means getting worse.
 
-    Segments without a finite value (equal to the reference) are left out, the others keep their place. 0 for a curve that is
-    infinite throughout, not a number where fewer than two finite points are left.
+    Segments without a finite value (equal to the reference) are left out, the others keep their place. 0 for a curve
+    that is infinite throughout, not a number where fewer than two finite points are left.
     """
     points = [(index, value) for index, value in enumerate(curve) if math.isfinite(value)]
     if curve and all(value == math.inf for value in curve):
@@ -94,7 +100,7 @@ def drift(curve: Sequence[float]) -> float:
 def ssim(reference: Tensor, video: Tensor, window: int = 11) -> float:
     """Structural similarity, averaged over pixels and frames; 1 for equal videos.
 
-    Gaussian window of ``window`` pixels (sigma 1.5), borders reflected, after Wang et al. 2004, as ``kornia.metrics.ssim``.
+    Gaussian window of ``window`` pixels (sigma 1.5), borders reflected; Wang et al. 2004, as ``kornia.metrics.ssim``.
 
     Raises:
         ValueError: an even window, or frames smaller than it.
@@ -103,10 +109,12 @@ def ssim(reference: Tensor, video: Tensor, window: int = 11) -> float:
     _check(reference, video)
     if window < 1 or window % 2 == 0 or min(reference.shape[3:]) < window:
         height, width = reference.shape[3:]
-        raise ValueError(f"metrics: SSIM needs an odd window no larger than the frame, got {window} for {height}x{width}.")
+        raise ValueError(
+            f"metrics: SSIM needs an odd window no larger than the frame, got {window} for {height}x{width}."
+        )
     from kornia.metrics import ssim as similarity
 
-    values = [similarity(a.float(), b.float(), window).mean() for a, b in zip(reference.unbind(2), video.unbind(2))]
+    values = [similarity(a.float(), b.float(), window).mean() for a, b in _frames(reference, video)]
     return float(torch.stack(values).double().mean())
 
 
@@ -120,19 +128,15 @@ def relative_l2(reference: Tensor, latents: Tensor) -> float:
     return math.sqrt(error / energy)
 
 
-def _changes(video: Tensor) -> Iterator[Tensor]:
-    frames = video.unbind(2)
-    return (later.double() - earlier.double() for earlier, later in zip(frames, frames[1:]))
-
-
 def flicker(reference: Tensor, video: Tensor) -> float:
     """Mean absolute error of the change from frame to frame; 0 where the video moves exactly as its reference.
 
-    A constant offset does not count, an alternating one counts twice.
+    A constant offset does not count, an offset that alternates in sign counts twice.
 
     Raises:
         ValueError: fewer than two frames.
     """
     _check(reference, video, frames=2)
-    errors = [(a - b).abs().mean() for a, b in zip(_changes(reference), _changes(video))]
+    offsets = (b.double() - a.double() for a, b in _frames(reference, video))
+    errors = [(later - earlier).abs().mean() for earlier, later in pairwise(offsets)]
     return float(torch.stack(errors).mean())
