@@ -34,8 +34,9 @@ class Policy(Protocol):
             policies without a threshold).
         threshold: what it was compared with; None for policies without a threshold.
         reason: why the last answer was RECOMPUTE: ``"threshold"``, ``"cap"`` (too many skips in a row),
-            ``"no history"`` (a skip was wanted and nothing stored could serve it), ``"non-finite"`` (signal NaN, infinite
-            or negative), ``"off"`` (threshold zero); None after a skip, a planned recompute, ``force`` or ``reset``.
+            ``"no history"`` (a skip was wanted and nothing stored could serve it), ``"non-finite"`` (signal NaN,
+            infinite or negative), ``"off"`` (threshold zero); None after a skip, a planned recompute, ``force`` or
+            ``reset``.
     """
 
     accumulated: float | None
@@ -190,9 +191,10 @@ class TriModalConfig:
 class TriModalPolicy(_Answers):
     """CACHE, PREDICT or RECOMPUTE from two thresholds: SCOPE eq. 3 and 5, arXiv 2604.02979.
 
-    ``r^- = r + d``. CACHE where ``r^- < tau_cache``, and ``r = r^-``; PREDICT where ``tau_cache <= r^- < tau_predict``,
-    and ``r = decay * r^-``; else RECOMPUTE, and ``r = 0``. Where a prediction is wanted but the history is too short, the
-    last velocity is held below the middle of the two thresholds (never with ``tau_cache`` 0) and recomputed above it.
+    ``r^- = r + d``. CACHE where ``r^- < tau_cache``, and ``r = r^-``; PREDICT where
+    ``tau_cache <= r^- < tau_predict``, and ``r = decay * r^-``; else RECOMPUTE, and ``r = 0``. Where a prediction is
+    wanted but the history is too short, the last velocity is held below the middle of the two thresholds (never with
+    ``tau_cache`` 0) and recomputed above it.
     """
 
     def __init__(self, config: TriModalConfig) -> None:
