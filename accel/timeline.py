@@ -1,0 +1,293 @@
+"""What happened: one record per guided model call, from which the log, the report, the SVG and the widget are made.
+
+JSON (``Timeline.to_json``, version 1)::
+
+    {"version": 1,
+     "rows": 13, "columns": 245,           latent frames or chunks; distinct (segment, iteration) of the whole run
+     "row_unit": "chunk",                  or "latent frame"
+     "frames_per_row": 5,                  row r shows latent frames [r * frames_per_row, (r + 1) * frames_per_row)
+     "branches": 2,                        CFG branches of a guided call
+     "title": "", "schedule": {}, "settings": {},
+     "records": [{
+        "segment": 0, "iteration": 12,     iteration inside the segment, from 0
+        "column": 12,                      iteration inside the whole run: order of first appearance
+        "frames": [0, 15],                 active interval [start, end) in latent frames of the whole video
+        "window": [0, 20],                 latent frames given to the model, likewise
+        "decision": "cache",               recompute, predict, cache, commit or prefill
+        "forced": null,                    why the policy was not asked: warm-up, last, no history, cap, new frames, ...
+        "sigma": 0.93,                     highest noise level of the active frames
+        "sigmas": [0.71, 0.87, 0.93],      noise level of each row that `frames` touches, or null
+        "discrepancy": 0.11,               accumulated, as compared with `threshold`; null where none was measured
+        "increment": 0.04,                 what this call added to it
+        "threshold": 0.18,
+        "order": null,                     order of the prediction
+        "corrected": null,                 lambda of the residual correction
+        "error": null,                     predicted against true velocity, relative, where both are known
+        "flops": 0, "seconds": 0.002}],    of this record, all branches
+     "totals": {
+        "calls": {"recompute": 212, "predict": 120, "cache": 158, "commit": 0},
+                                           model calls, each CFG branch counted as one; commit includes prefill
+        "iterations": 245, "flops": 0,
+        "flops_full": 0,                   what an unaccelerated run of the same schedule costs; 0 where unknown
+        "flop_ratio": null,                flops_full / flops
+        "seconds": 65.2,
+        "seconds_full_estimate": 151.0,    every skipped call at the median time of a recompute; null without one
+        "state_bytes": 40000000}}          where it was set
+
+Numbers that are not finite are null. Readers ignore keys they do not know.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from numbers import Integral, Real
+from statistics import median
+from typing import Any
+
+from .call import Call, Decision, Kind
+from .timeline_report import log_line, summary
+from .timeline_svg import render
+
+VERSION = 1
+SKIPS = ("predict", "cache")
+DECISIONS = ("recompute", *SKIPS, "commit", "prefill")
+ROW_UNITS = ("latent frame", "chunk")
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one guided model call did; fields as in the JSON of this module.
+
+    Raises:
+        ValueError: a decision that does not exist, or an interval that runs backwards.
+    """
+
+    segment: int
+    iteration: int
+    frames: tuple[int, int]
+    decision: str
+    sigma: float | None
+    window: tuple[int, int] | None = None
+    forced: str | None = None
+    sigmas: tuple[float, ...] | None = None
+    discrepancy: float | None = None
+    increment: float | None = None
+    threshold: float | None = None
+    order: int | str | None = None
+    corrected: float | None = None
+    error: float | None = None
+    flops: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        decision = getattr(self.decision, "value", self.decision)
+        if decision not in DECISIONS:
+            raise ValueError(f"StepRecord: decision must be one of {', '.join(DECISIONS)}, got {decision!r}.")
+        window = self.frames if self.window is None else self.window
+        for name, (start, end) in (("frames", self.frames), ("window", window)):
+            if not 0 <= start <= end:
+                raise ValueError(
+                    f"StepRecord: {name} must be an interval [start, end) from 0 on, got [{start}, {end})."
+                )
+        object.__setattr__(self, "decision", decision)
+        object.__setattr__(self, "frames", tuple(self.frames))
+        object.__setattr__(self, "window", tuple(window))
+        object.__setattr__(self, "sigmas", None if self.sigmas is None else tuple(self.sigmas))
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Everything one run did.
+
+    Attributes:
+        rows: rows of latent frames or chunks; grows where a record reaches further.
+        columns: iterations planned for the whole run; grows likewise. 0 where the plan is not known.
+        branches: CFG branches of a guided call.
+        row_unit: what a row is, ``latent frame`` or ``chunk``.
+        frames_per_row: latent frames of a row.
+        title: headline of the picture.
+        schedule: how the run was scheduled, for people to read.
+        settings: how the acceleration was configured, for people to read.
+        flops_full: FLOPs of an unaccelerated run of the same schedule, 0 where unknown.
+        state_bytes: most memory that the acceleration's own state took.
+        records: in the order of the run.
+    """
+
+    rows: int = 0
+    columns: int = 0
+    branches: int = 1
+    row_unit: str = "latent frame"
+    frames_per_row: int = 1
+    title: str = ""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    flops_full: int = 0
+    state_bytes: int | None = None
+    records: list[StepRecord] = field(default_factory=list)
+    _columns: dict[tuple[int, int], int] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.columns) < 0 or min(self.branches, self.frames_per_row) < 1:
+            raise ValueError(
+                "Timeline: rows and columns must be 0 or more, branches and frames_per_row 1 or more, got "
+                f"{self.rows}, {self.columns}, {self.branches} and {self.frames_per_row}."
+            )
+        if self.row_unit not in ROW_UNITS:
+            raise ValueError(f"Timeline: row_unit must be one of {', '.join(ROW_UNITS)}, got {self.row_unit!r}.")
+        given, self.records = self.records, []
+        for record in given:
+            self.add(record)
+
+    def add(self, record: StepRecord) -> None:
+        """Appends a record."""
+        self.records.append(record)
+        self._columns.setdefault((record.segment, record.iteration), len(self._columns))
+        self.columns = max(self.columns, len(self._columns))
+        self.rows = max(self.rows, -(-max(record.frames[1], record.window[1]) // self.frames_per_row))
+
+    def record(
+        self, call: Call, decision: Decision | None = None, frames: tuple[int, int] | None = None, **measured: Any
+    ) -> StepRecord:
+        """Appends what was done at ``call`` and returns it.
+
+        Args:
+            call: the model call; its frames become latent frames of the whole video.
+            decision: None for a commit or prefill, whose kind says it.
+            frames: latent frames of the segment that the decision is about, where it is made per chunk; None for the
+                active ones, or for the window of a commit or prefill.
+            measured: the other fields of ``StepRecord``.
+        """
+        start, end = frames or (call.active_frames if call.kind is Kind.DENOISE else call.frames)
+        levels = call.sigmas[start - call.frames[0] : end - call.frames[0]]
+        by_row: dict[int, float] = {}
+        for frame, sigma in enumerate(levels, call.offset + start):
+            row = frame // self.frames_per_row
+            by_row[row] = max(sigma, by_row.get(row, sigma))
+        entry = StepRecord(
+            segment=call.segment,
+            iteration=call.iteration,
+            frames=(call.offset + start, call.offset + end),
+            window=(call.offset + call.frames[0], call.offset + call.frames[1]),
+            decision=decision if call.kind is Kind.DENOISE else call.kind,
+            sigma=max(levels, default=0.0),
+            sigmas=tuple(by_row.values()),
+            **measured,
+        )
+        self.add(entry)
+        return entry
+
+    def column(self, record: StepRecord) -> int:
+        """Column of a record: iterations of the whole run in order of first appearance."""
+        return self._columns[record.segment, record.iteration]
+
+    def row_range(self, frames: tuple[int, int]) -> range:
+        """Rows that latent frames ``[start, end)`` touch."""
+        start, end = frames
+        return range(start // self.frames_per_row, -(-end // self.frames_per_row) if end > start else 0)
+
+    def totals(self) -> dict[str, Any]:
+        """Sums over the records, as in the JSON of this module."""
+        counts = Counter(record.decision for record in self.records)
+        flops = sum(record.flops for record in self.records)
+        seconds = sum(record.seconds for record in self.records)
+        computed = [record.seconds for record in self.records if record.decision == "recompute" and record.seconds > 0]
+        kept = sum(record.seconds for record in self.records if record.decision not in SKIPS)
+        skipped = sum(counts[name] for name in SKIPS)
+        totals = {
+            "calls": {
+                "recompute": counts["recompute"] * self.branches,
+                "predict": counts["predict"] * self.branches,
+                "cache": counts["cache"] * self.branches,
+                "commit": (counts["commit"] + counts["prefill"]) * self.branches,
+            },
+            "iterations": len(self._columns),
+            "flops": flops,
+            "flops_full": self.flops_full,
+            "flop_ratio": self.flops_full / flops if flops and self.flops_full else None,
+            "seconds": seconds,
+            "seconds_full_estimate": kept + skipped * median(computed) if computed else None,
+        }
+        if self.state_bytes is not None:
+            totals["state_bytes"] = self.state_bytes
+        return totals
+
+    def to_json(self) -> dict[str, Any]:
+        """The timeline as plain lists, dicts, strings and finite numbers, ready for ``json.dumps``."""
+        records = [
+            {item.name: getattr(record, item.name) for item in fields(record)} | {"column": self.column(record)}
+            for record in self.records
+        ]
+        return _plain(
+            {
+                "version": VERSION,
+                "rows": self.rows,
+                "columns": self.columns,
+                "row_unit": self.row_unit,
+                "frames_per_row": self.frames_per_row,
+                "branches": self.branches,
+                "title": self.title,
+                "schedule": self.schedule,
+                "settings": self.settings,
+                "records": records,
+                "totals": self.totals(),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, data: str | Mapping[str, Any]) -> Timeline:
+        """The timeline that ``to_json`` wrote, from its dict or its text.
+
+        Raises:
+            ValueError: another version, or a record that cannot be.
+        """
+        data = json.loads(data) if isinstance(data, str) else data
+        if data.get("version") != VERSION:
+            raise ValueError(
+                f"Timeline: JSON has version {data.get('version')!r}, this release reads version {VERSION}; "
+                "read it with the release that wrote it."
+            )
+        names = {item.name for item in fields(StepRecord)}
+        records = [StepRecord(**{k: v for k, v in record.items() if k in names}) for record in data["records"]]
+        keys = ("rows", "columns", "row_unit", "frames_per_row", "branches", "title", "schedule", "settings")
+        totals = data.get("totals", {})
+        return cls(
+            **{key: data[key] for key in keys if key in data},
+            flops_full=totals.get("flops_full") or 0,
+            state_bytes=totals.get("state_bytes"),
+            records=records,
+        )
+
+    def to_svg(self) -> str:
+        """A stand-alone picture: rows over iterations, and the discrepancy against its threshold."""
+        return render(self)
+
+    def log_line(self) -> str:
+        """One line for the log."""
+        return log_line(self)
+
+    def summary(self) -> str:
+        """A report of several lines: calls by decision and why, FLOPs, time, state, and why nothing was skipped."""
+        return summary(self)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {item.name: getattr(value, item.name) for item in fields(value)}
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    return str(value)
