@@ -221,18 +221,15 @@ class Run:
                 features[kind] = self.denoiser.feature(kind, call, x)
                 cost += self.denoiser.feature_flops(kind, call, x.shape[2])
             pending.append(self._meter.measure(features, call))
-        if self._finite is not None:
+        flagged = self._finite is not None
+        if flagged:
             pending.append(self._finite)
             self._finite = None
         values = torch.cat(pending).tolist() if pending else []
+        finite = values.pop() == 1.0 if flagged else True
         if self._meter is not None:
-            measured |= dict(zip(self._meter.names, values, strict=False))
-        if values and pending[-1].numel() == 1 and self._unread_flag and values[-1] != 1.0:
-            measured = dict.fromkeys(measured, float("nan"))
-        self._unread_flag = False
-        return measured, cost
-
-    _unread_flag = False
+            measured |= dict(zip(self._meter.names, values, strict=True))
+        return (measured if finite else dict.fromkeys(measured, float("nan"))), cost
 
     def _forced(self, call: Call) -> str | None:
         """Why this call must be computed whatever the policy would say."""
@@ -280,7 +277,6 @@ class Run:
         if self._correction is not None:
             self._correction.record(call.segment, call.frames, call.sigmas, velocity, call.active)
         self._finite = torch.isfinite(velocity).all().reshape(1).float()
-        self._unread_flag = True
 
     def _skip(self, call: Call, x: Tensor, decision: Decision) -> tuple[Tensor, dict]:
         frames = call.active_frames

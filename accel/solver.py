@@ -44,6 +44,7 @@ class Solver(ABC):
         steps: Sequence[int],
         active: Sequence[bool],
         frames: Interval | None = None,
+        computed: bool = True,
     ) -> Tensor:
         """The window after one solver step of its active latent frames.
 
@@ -53,6 +54,7 @@ class Solver(ABC):
             steps: progress of each latent frame (``Call.steps``); an active one at k takes step k of 1..N.
             active: which latent frames take a step (``Call.active``).
             frames: ``[start, end)`` of the window in the segment (``Call.frames``); None means the whole segment.
+            computed: whether the velocity came from the model. A held or predicted one never corrects a previous step.
 
         Returns:
             ``[B, C, T, H, W]`` in x's dtype, computed in float32 or better; inactive latent frames are x's own values.
@@ -76,12 +78,20 @@ class Solver(ABC):
                 )
         precision = torch.promote_types(torch.promote_types(x.dtype, velocity.dtype), torch.float32)
         moving = torch.tensor(active, dtype=torch.bool, device=x.device).view(1, 1, -1, 1, 1)
-        result = self._advance(x.to(precision), velocity.to(precision), steps, active, moving, slice(start, end))
+        window = slice(start, end)
+        result = self._advance(x.to(precision), velocity.to(precision), steps, active, moving, window, computed)
         return torch.where(moving, result.to(x.dtype), x)
 
     @abstractmethod
     def _advance(
-        self, x: Tensor, velocity: Tensor, steps: Sequence[int], active: Sequence[bool], moving: Tensor, window: slice
+        self,
+        x: Tensor,
+        velocity: Tensor,
+        steps: Sequence[int],
+        active: Sequence[bool],
+        moving: Tensor,
+        window: slice,
+        computed: bool,
     ) -> Tensor:
         """The next latents, right where ``moving`` ``[1, 1, T, 1, 1]``; anything elsewhere."""
 
@@ -105,7 +115,14 @@ class EulerSolver(Solver):
         self._lengths = self.table.diff()[None]
 
     def _advance(
-        self, x: Tensor, velocity: Tensor, steps: Sequence[int], active: Sequence[bool], moving: Tensor, window: slice
+        self,
+        x: Tensor,
+        velocity: Tensor,
+        steps: Sequence[int],
+        active: Sequence[bool],
+        moving: Tensor,
+        window: slice,
+        computed: bool,
     ) -> Tensor:
         return x + self._per_frame(self._lengths, steps, x)[0] * velocity
 
@@ -129,7 +146,14 @@ class UniPCSolver(Solver):
         self._state: Tensor | None = None
 
     def _advance(
-        self, x: Tensor, velocity: Tensor, steps: Sequence[int], active: Sequence[bool], moving: Tensor, window: slice
+        self,
+        x: Tensor,
+        velocity: Tensor,
+        steps: Sequence[int],
+        active: Sequence[bool],
+        moving: Tensor,
+        window: slice,
+        computed: bool,
     ) -> Tensor:
         moves = {
             frame: step for frame, (step, flag) in enumerate(zip(steps, active, strict=True), window.start) if flag
@@ -147,7 +171,7 @@ class UniPCSolver(Solver):
         carry, pull, back, ahead = weights[:4]
         corrected = carry * start + pull * (newest + back * (older - newest) + ahead * (x0 - newest))
         first = torch.tensor(steps, device=x.device).view_as(moving) == 1
-        corrected = torch.where(first, x, corrected)
+        corrected = torch.where(first, x, corrected) if computed else x
         carry, pull, back = weights[4:]
         predicted = carry * corrected + pull * (x0 + back * (newest - x0))
         history.copy_(torch.where(moving, torch.stack([x0, newest, corrected]), history))

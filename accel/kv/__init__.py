@@ -1,0 +1,1 @@
+"""Keys and values of the latent frames a causal model has finished."""

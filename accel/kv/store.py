@@ -1,0 +1,56 @@
+"""The K/V store of a block-causal rollout: committed clean history, and the block being denoised behind it.
+
+A denoising forward writes its block's keys and values at the end and reads everything up to there; only a commit moves
+the end. So a skipped forward leaves the bookkeeping exactly as the forward would have.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVStore:
+    """Rotated keys and plain values of every layer, ``[B, tokens, heads, head_dim]``, in one allocation a layer.
+
+    Args:
+        layers: transformer blocks. capacity: tokens of the whole rollout.
+    """
+
+    def __init__(self, layers: int, capacity: int) -> None:
+        if layers < 1 or capacity < 1:
+            raise ValueError(f"KVStore: {layers} layers of {capacity} tokens must both be 1 or more.")
+        self.capacity = capacity
+        self.end = 0
+        self._slots: list[tuple[Tensor, Tensor] | None] = [None] * layers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(key.nbytes + value.nbytes for key, value in (slot for slot in self._slots if slot is not None))
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values a block may see: all committed ones and its own, views of the store.
+
+        Args:
+            layer: index of the transformer block. key, value: ``[B, tokens, heads, head_dim]`` of the block.
+
+        Raises:
+            ValueError: the rollout is longer than the capacity the store was made for.
+        """
+        last = self.end + key.shape[1]
+        if last > self.capacity:
+            raise ValueError(
+                f"KVStore: {last} tokens do not fit the {self.capacity} it was made for; make it for the whole rollout."
+            )
+        if self._slots[layer] is None:
+            shape = (key.shape[0], self.capacity, *key.shape[2:])
+            self._slots[layer] = (key.new_zeros(shape), torch.zeros(shape, dtype=value.dtype, device=value.device))
+        keys, values = self._slots[layer]
+        keys[:, self.end : last] = key
+        values[:, self.end : last] = value
+        return keys[:, :last], values[:, :last]
+
+    def commit(self, tokens: int) -> None:
+        """The last ``tokens`` written are clean and become history."""
+        self.end += tokens

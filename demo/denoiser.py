@@ -1,0 +1,108 @@
+"""The tiny models as the ``Denoiser`` that ``accel`` accelerates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from accel.call import Call, Kind
+from accel.flops import WanShape
+from accel.kv.store import KVStore
+
+from .model import PATCH, TinyWan
+from .prompt import TEXT_DIM, TOKENS
+
+
+class TinyDenoiser:
+    """Guided velocity of a tiny model; both CFG branches run as one batch.
+
+    Args:
+        model: the transformer; ``model.config.kind`` says which regime it was trained for.
+        context: prompt ``[B, 64, 64]``.
+        guidance: v = u + guidance (c - u); 1 runs the conditional branch alone.
+        rollout: latent frames of the whole video, for the K/V store of a causal model.
+    """
+
+    def __init__(self, model: TinyWan, context: Tensor, guidance: float = 2.0, rollout: int = 0) -> None:
+        config = model.config
+        self.model, self.guidance = model, guidance
+        self.branches = 1 if guidance == 1.0 else 2
+        self.shares_time = config.kind == "tiny-next-clip"
+        self.recomputes_history = not config.causal_ar
+        self.context = context if self.branches == 1 else torch.cat((context, torch.zeros_like(context)))
+        self._rollout = rollout
+        self._store: KVStore | None = None
+        self._shape = WanShape(
+            config.dim, config.ffn_dim, config.num_layers, config.num_heads, TOKENS, in_channels=config.in_dim,
+            out_channels=config.in_dim, text_dim=TEXT_DIM,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def velocity(self, call: Call, x: Tensor) -> Tensor:
+        sigma = self._told(call, x)
+        positions = torch.arange(call.frames[0], call.frames[1])
+        store = None
+        if self.model.config.causal_ar:
+            positions = positions + call.offset
+            store = self._open(call, x)
+        out = self.model(self._twice(x), self._twice(sigma), self.context, positions, store=store)
+        if store is not None and call.kind is not Kind.DENOISE:
+            store.commit(x.shape[2] * _tokens(x))
+        if self.branches == 1:
+            return out.clone()
+        conditional, unconditional = out.chunk(2)
+        return unconditional + self.guidance * (conditional - unconditional)
+
+    @torch.inference_mode()
+    def feature(self, kind: str, call: Call, x: Tensor) -> Tensor:
+        model, sigma = self.model, self._told(call, x)
+        if kind == "latent":
+            return x
+        _, e0 = model.embed_time(sigma)
+        if kind == "timestep":
+            return e0
+        tokens, rotations = model.embed(x, torch.arange(call.frames[0], call.frames[1]))
+        if kind == "modulated":
+            return model.blocks[0].modulated(tokens, e0).unflatten(1, (x.shape[2], -1))
+        context = model.text_embedding(self.context[: len(x)])
+        return model.blocks[0](tokens, e0, rotations, context).unflatten(1, (x.shape[2], -1))
+
+    def flops(self, call: Call, frames: int) -> int:
+        tokens = self._tokens_per_frame
+        keys = (call.offset + frames) * tokens if self.model.config.causal_ar else None
+        return self._batch * self._shape.forward_flops(frames, tokens, keys, branches=self.branches)
+
+    def feature_flops(self, kind: str, call: Call, frames: int) -> int:
+        if kind == "latent":
+            return 0
+        count = self._shape.time_flops(frames)
+        if kind != "timestep":
+            count += self._shape.patch_flops(frames * self._tokens_per_frame)
+        if kind == "block0":
+            tokens = frames * self._tokens_per_frame
+            count += self._shape.block_flops(tokens, tokens) + self._shape.text_flops()
+        return self._batch * count
+
+    def sized(self, x: Tensor) -> TinyDenoiser:
+        """Remembers the latents' size, which the FLOP count needs; returns itself."""
+        self._tokens_per_frame, self._batch = _tokens(x), x.shape[0]
+        return self
+
+    def _told(self, call: Call, x: Tensor) -> Tensor:
+        sigmas = torch.tensor(call.sigmas, dtype=torch.float32)
+        if self.shares_time and any(call.active):
+            sigmas = sigmas.max().expand(len(sigmas))
+        return sigmas[None].expand(x.shape[0], -1)
+
+    def _twice(self, x: Tensor) -> Tensor:
+        return x if self.branches == 1 else torch.cat((x, x))
+
+    def _open(self, call: Call, x: Tensor) -> KVStore:
+        if self._store is None:
+            frames = self._rollout or call.offset + x.shape[2]
+            self._store = KVStore(self.model.config.num_layers, frames * _tokens(x))
+        return self._store
+
+
+def _tokens(x: Tensor) -> int:
+    return (x.shape[3] // PATCH) * (x.shape[4] // PATCH)
