@@ -20,6 +20,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, median
 
 import torch
@@ -59,7 +60,7 @@ class CorrectionConfig:
         if self.segment0 not in SOURCES[:2]:
             raise ValueError(f"CorrectionConfig: segment0 {self.segment0!r} must be {' or '.join(SOURCES[:2])}.")
         if not (math.isfinite(low) and math.isfinite(high) and 0.0 <= low <= 1.0 <= high):
-            raise ValueError(f"CorrectionConfig: clamp {self.clamp} must be two finite numbers around 1, such as 0.5, 3.")
+            raise ValueError(f"CorrectionConfig: clamp {self.clamp} must be two finite numbers around 1; try (0.5, 3).")
         if self.sketch < 1:
             raise ValueError(f"CorrectionConfig: sketch {self.sketch} must be 1 or more; 16384 estimates within 1%.")
         if not (math.isfinite(self.min_denominator) and self.min_denominator >= 0.0):
@@ -258,7 +259,7 @@ def _thread(knots: list[tuple[float, Tensor]], sigma: float, sketch: Tensor) -> 
 
 def _between(knots: list[tuple[float, Tensor]], sigma: float) -> Tensor:
     """z(sigma) in float64, piecewise linear between knots of falling noise level, constant beyond the ends."""
-    for (upper, before), (lower, after) in zip(knots, knots[1:], strict=False):
+    for (upper, before), (lower, after) in pairwise(knots):
         if sigma >= lower:
             share = min((upper - sigma) / (upper - lower), 1.0) if sigma < upper else 0.0
             return torch.lerp(before.double(), after.double(), share)
