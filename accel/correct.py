@@ -95,7 +95,7 @@ class ResidualCorrection:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the sketches, on the device while the first segment runs, on the host afterwards."""
+        """Bytes of the sketches: fp32 on the device while the first segment runs, fp64 on the host afterwards."""
         waiting = sum(sample.nbytes for *_, sample in self._waiting)
         return waiting + sum(sketch.nbytes for knots in self._knots.values() for _, sketch in knots)
 
@@ -209,9 +209,9 @@ class ResidualCorrection:
         moved = reach = size = 0.0
         for frame in known:
             at_t, at_a, at_b = (_between(self._knots[frame], sigma) for sigma in (t, a, b))
-            moved += (at_t - at_b).abs().sum().item()
-            reach += (at_a - at_b).abs().sum().item()
-            size += at_b.abs().sum().item()
+            moved += torch.dist(at_t, at_b, 1).item()
+            reach += torch.dist(at_a, at_b, 1).item()
+            size += torch.linalg.vector_norm(at_b, 1).item()
         return moved / reach if reach > self.config.min_denominator * size else 1.0
 
     def _coordinates(self, velocity: Tensor) -> tuple[Tensor, ...]:
@@ -229,7 +229,7 @@ class ResidualCorrection:
         """Brings the sketches to the host in one copy and sorts them into a trajectory per latent frame."""
         if not self._waiting:
             return
-        host = torch.cat([sample.flatten() for *_, sample in self._waiting]).cpu()
+        host = torch.cat([sample.flatten() for *_, sample in self._waiting]).cpu().double()
         parts = host.split([sample.numel() for *_, sample in self._waiting])
         for (start, sigmas, mask, sample), part in zip(self._waiting, parts, strict=True):
             for offset, sketch in enumerate(part.reshape(sample.shape).unbind(2)):
@@ -258,9 +258,9 @@ def _thread(knots: list[tuple[float, Tensor]], sigma: float, sketch: Tensor) -> 
 
 
 def _between(knots: list[tuple[float, Tensor]], sigma: float) -> Tensor:
-    """z(sigma) in float64, piecewise linear between knots of falling noise level, constant beyond the ends."""
+    """z(sigma), piecewise linear between knots of falling noise level, constant beyond the ends."""
     for (upper, before), (lower, after) in pairwise(knots):
         if sigma >= lower:
             share = min((upper - sigma) / (upper - lower), 1.0) if sigma < upper else 0.0
-            return torch.lerp(before.double(), after.double(), share)
-    return knots[-1][1].double()
+            return torch.lerp(before, after, share) if share > 0.0 else before
+    return knots[-1][1]
