@@ -1,0 +1,62 @@
+"""AR Timeline: saves and shows what every model call of a run did."""
+
+from __future__ import annotations
+
+import json
+
+from comfy_api.latest import io
+
+from ..accel.timeline import Timeline
+from .host_files import save_texts, stays_in_output_folder
+
+TimelineType = io.Custom("ARVA_TIMELINE")
+
+
+class ARVATimeline(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ARVATimeline",
+            display_name="AR Timeline",
+            category="AR Video",
+            description="Saves the timeline of an AR video run as JSON and as a picture: which model calls were "
+            "recomputed, predicted or served from the cache, why, and what that saved.",
+            search_aliases=["cache report", "skipped steps", "ar video report", "timeline"],
+            is_output_node=True,
+            inputs=[
+                TimelineType.Input("timeline", tooltip="Timeline of an AR Segment Sampler."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="ar_timeline",
+                    tooltip="How the names of the saved files begin, inside ComfyUI's output folder; a slash makes a "
+                    "folder.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("report", display_name="report", tooltip="The run in a few lines of text."),
+                io.String.Output("json", display_name="json", tooltip="The whole timeline as JSON."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str = "") -> bool | str:
+        if stays_in_output_folder(filename_prefix or ""):
+            return True
+        return (
+            f"AR Timeline: filename_prefix {filename_prefix!r} leads out of ComfyUI's output folder; "
+            "give a name, or a folder and a name, inside it."
+        )
+
+    @classmethod
+    def execute(cls, timeline: Timeline, filename_prefix: str) -> io.NodeOutput:
+        data, report = timeline.to_json(), timeline.summary()
+        text = json.dumps(data)
+        saved = save_texts(filename_prefix, {"json": text, "svg": timeline.to_svg()})
+        return io.NodeOutput(
+            report,
+            text,
+            ui={"arva_timeline": [data], "text": [report], "images": [saved["svg"]], "files": [saved["json"]]},
+        )
+
+
+TIMELINE_NODES: list[type[io.ComfyNode]] = [ARVATimeline]
