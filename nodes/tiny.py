@@ -85,8 +85,8 @@ class ARVATinyPrompt(io.ComfyNode):
                     multiline=True,
                     default="red disc, blue square, gravity, pan",
                     tooltip="One to three shapes as colour and kind (red, green, blue, yellow, magenta or cyan; disc, "
-                    "square or diamond), each in a colour of its own, then gravity or float and pan or still, separated "
-                    "by commas. Empty: the unconditional prompt.",
+                    "square or diamond), each in a colour of its own, then gravity or float and pan or still, "
+                    "separated by commas. Empty: the unconditional prompt.",
                 )
             ],
             outputs=[
