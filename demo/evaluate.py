@@ -1,0 +1,124 @@
+"""How good the tiny models are: ``python -m demo.evaluate [MODEL ...] [--clips N]`` writes ``demo/weights/quality.json``.
+
+Two questions. Asked for shapes in a prompt, does the model show them, still in segment 8, each as one thing that moves as
+things move in the data? Given the start of a real clip, does it continue it as the simulation does?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from accel.metrics import psnr
+
+from .codec import WEIGHTS, TinyCodec
+from .data import Scenes, render, simulate
+from .generate import CAUSAL_FRAMES, NEXT_CLIP_PLAN, PLAN, load, sample, sample_causal, start_noise
+from .judge import LEAST_PIXELS, Reading, clear, load_judge, read, track
+from .pictures import contact_sheet
+from .prompt import embed_scenes
+
+SEGMENTS = 8
+COMPACT = 1.3  # spread over that of a disc of equal area above which a shape counts as torn
+
+
+def segment_accuracy(reading: Reading, scenes: Scenes, bounds: list[tuple[int, int]]) -> list[float]:
+    """Share of the prompted shapes that a segment shows: seen in a quarter of its frames, of the right kind in most of
+    those (so that passing behind another shape is not an error)."""
+    index = scenes.colour[:, None].expand(-1, reading.area.shape[1], -1)
+    seen = reading.area.gather(2, index) >= LEAST_PIXELS
+    right = seen & (reading.kind.gather(2, index) == scenes.kind[:, None])
+    values = []
+    for start, end in bounds:
+        count = seen[:, start:end].sum(1)
+        good = (count >= (end - start) / 4) & (right[:, start:end].sum(1) * 2 > count)
+        values.append(float(good[scenes.present].float().mean()))
+    return values
+
+
+def motion(tracks: Tensor) -> float:
+    """Mean pixels a shape moves from one frame to the next, over all pairs of frames where it is seen."""
+    steps = (tracks[:, 1:] - tracks[:, :-1]).norm(dim=-1)
+    return float(steps[~steps.isnan()].mean())
+
+
+def compactness(reading: Reading) -> float:
+    """Share of the shapes seen that are one thing: no wider than a disc of the same area allows."""
+    disc = (reading.area / (2 * torch.pi)).sqrt()
+    seen = reading.area >= LEAST_PIXELS
+    return float(((reading.spread / disc) < COMPACT)[seen].float().mean())
+
+
+def long_clips(kind: str, context: Tensor, seeds: list[int], steps: int = 50, few: bool = False) -> tuple[Tensor, list]:
+    """Eight segments of prompted video: latents and the ``(start, end)`` of each segment."""
+    model = load(kind)
+    if kind == "tiny-causal":
+        noise = start_noise(seeds, CAUSAL_FRAMES)
+        bounds = [(start, start + 4) for start in range(0, CAUSAL_FRAMES, 4)]
+        options = {"renoise_seed": seeds[0], "shift": 5.0, "steps": 4} if few else {"steps": steps}
+        return sample_causal(model, context, noise, **options).latents, bounds
+    plan = PLAN if kind == "tiny-df" else NEXT_CLIP_PLAN
+    plan = replace(plan, frames=plan.segment + (SEGMENTS - 1) * (plan.segment - plan.overlap), steps=steps)
+    bounds = [(start + prefix, end) for start, end, prefix in plan.intervals()]
+    return sample(model, context, start_noise(seeds, plan.frames), plan=plan).latents, bounds
+
+
+def continuation(kind: str, scenes: Scenes, latents: Tensor, seeds: list[int]) -> Tensor:
+    """Latents ``[B, 16, 16, 8, 8]``: the first four of real clips, and the model's continuation."""
+    model, context, prefix = load(kind), embed_scenes(scenes), latents[:, :, :4]
+    if kind == "tiny-causal":
+        return sample_causal(model, context, start_noise(seeds, 16), prefix=prefix).latents
+    plan = replace(PLAN if kind == "tiny-df" else NEXT_CLIP_PLAN, frames=16)
+    noise = start_noise(seeds, 16)
+    return sample(model, context, noise, plan=plan, prefix=prefix).latents
+
+
+def evaluate(kind: str, clips: int, seed: int = 900) -> dict:
+    """All figures of one model; also writes its contact sheets."""
+    codec, judge = TinyCodec.load(), load_judge()
+    seeds = list(range(seed, seed + clips))
+    scenes = simulate(seed, clips, 16, cuts=0.0)
+    truth = codec.decode(codec.encode(render(scenes)))
+    real = read(judge, truth)
+    figures = {"model": kind, "clips": clips, "real_motion": motion(track(real, scenes.colour))}
+    figures["real_accuracy"] = segment_accuracy(real, scenes, [(0, 16)])[0]
+    for few in (False, True) if kind == "tiny-causal" else (False,):
+        latents, bounds = long_clips(kind, embed_scenes(scenes), seeds, few=few)
+        video = codec.decode(latents)
+        reading = read(judge, video)
+        name = "4_steps_" if few else ""
+        figures[name + "attribute_accuracy"] = segment_accuracy(reading, scenes, bounds)
+        figures[name + "motion"] = motion(track(reading, scenes.colour))
+        figures[name + "one_thing"] = compactness(reading)
+        contact_sheet(video[:6], WEIGHTS / f"{kind}{'-4-steps' if few else ''}.png", columns=17)
+    made = codec.decode(continuation(kind, scenes, codec.encode(render(scenes)), seeds))
+    tracks, visible = track(read(judge, made), scenes.colour)[:, 4:], clear(scenes)[:, 4:]
+    error = (tracks - scenes.centre[:, 4:]).norm(dim=-1)
+    still = (scenes.centre[:, 3:4] - scenes.centre[:, 4:]).norm(dim=-1)
+    counted = visible & ~error.isnan()
+    figures["continuation_psnr"] = psnr(truth[:, :, 4:], made[:, :, 4:])
+    figures["centroid_error"] = float(error[counted].mean())
+    figures["centroid_error_if_nothing_moves"] = float(still[counted].mean())
+    figures["lost"] = 1 - float(counted.sum() / visible.sum())
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", default=["tiny-df", "tiny-next-clip", "tiny-causal"])
+    parser.add_argument("--clips", type=int, default=16)
+    arguments = parser.parse_args()
+    path = WEIGHTS / "quality.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for kind in arguments.models:
+        known[kind] = evaluate(kind, arguments.clips)
+        print(json.dumps(known[kind], indent=1))
+        path.write_text(json.dumps(known, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
