@@ -92,7 +92,7 @@ class SchedulerConfig:
         warmup: first solver steps of every chunk that are always computed.
     """
 
-    thresholds: TriModalConfig
+    thresholds: TriModalConfig = TriModalConfig(0.0, 0.6)
     signal: str = "log-snr"
     order: int | str = 1
     guards: Guards = field(default_factory=Guards)

@@ -252,7 +252,7 @@ def _denoise_block(run, index, offset, x, levels, renoise_seed, progress) -> Ten
 def _renoised(denoised: Tensor, sigma: float, seed: int) -> Tensor:
     if sigma == 0.0:
         return denoised
-    generator = torch.Generator(denoised.device).manual_seed(seed)
+    generator = torch.Generator(denoised.device).manual_seed(seed % 2**64)
     fresh = torch.randn(denoised.shape, generator=generator, device=denoised.device, dtype=denoised.dtype)
     return (1.0 - sigma) * denoised + sigma * fresh
 

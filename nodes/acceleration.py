@@ -1,0 +1,171 @@
+"""Nodes that describe an acceleration: History-Guided Cache, Tri-Modal Scheduler, Residual Correction, Active Frame
+Window.
+
+Each returns a clone of the MODEL that carries one more part of a frozen ``Acceleration``. The AR Segment Sampler reads
+it and makes the state of a run; nothing here keeps any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from comfy_api.latest import io
+
+from ..accel.correct import SOURCES, CorrectionConfig
+from ..accel.engine import HOST_SIGNALS, Acceleration, HistoryGuidedConfig, SchedulerConfig
+from ..accel.policy import TriModalConfig
+from ..accel.signals import HISTORY_CHOICES, SIGNALS
+
+CATEGORY = "AR Video"
+OPTION = "arva_acceleration"
+ORDERS = {"1": 1, "2": 2, "newton2": "newton2", "auto": "auto"}
+GUIDED, SCHEDULED = HistoryGuidedConfig(), SchedulerConfig()
+OUTPUT = "The model with this acceleration described; only the AR Segment Sampler reads it."
+MAX_SKIP = "Most calls in a row that may be skipped before one is computed."
+WARMUP = "First steps of every block of latent frames that are always computed."
+
+
+def described(model: io.Model.Type) -> Acceleration:
+    """The acceleration that the nodes before described, or none."""
+    return model.model_options.get("transformer_options", {}).get(OPTION, Acceleration())
+
+
+def describe(model: io.Model.Type, **parts: object) -> io.Model.Type:
+    """A clone of ``model`` with these parts of the acceleration changed."""
+    clone = model.clone()
+    options = clone.model_options.setdefault("transformer_options", {})
+    options[OPTION] = replace(described(model), **parts)
+    return clone
+
+
+class ARVAHistoryGuidedCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ARVAHistoryGuidedCache",
+            display_name="History-Guided Cache",
+            category=CATEGORY,
+            description="Reuses the last velocity while the history frames that the model is conditioned on change "
+            "little (ARCache). Connect the model to an AR Segment Sampler.",
+            search_aliases=["arcache", "teacache", "easycache", "ar video cache", "speed up video"],
+            inputs=[
+                io.Model.Input("model", tooltip="An autoregressive video model."),
+                io.Float.Input("threshold", default=GUIDED.delta, min=0.0, max=10.0, step=0.01, round=0.0001,
+                               tooltip="Reuse while the accumulated relative change stays within this; higher is faster "
+                               "and less exact, 0 is off."),
+                io.Combo.Input("signal", options=list(HISTORY_CHOICES), default=GUIDED.signal, advanced=True,
+                               tooltip="What is measured: the modulated input of the history tokens (mod), the first "
+                               "block's output at them (block0), or the frames being denoised (current). auto picks by "
+                               "model."),
+                io.Int.Input("max_skip", default=GUIDED.max_skip, min=1, max=100, advanced=True,
+                             tooltip=MAX_SKIP),
+                io.Int.Input("warmup", default=GUIDED.warmup, min=1, max=100, advanced=True, tooltip=WARMUP),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip=OUTPUT)],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: io.Model.Type, threshold: float, signal: str, max_skip: int, warmup: int) -> io.NodeOutput:
+        return io.NodeOutput(describe(model, history_guided=HistoryGuidedConfig(threshold, signal, max_skip, warmup)))
+
+
+class ARVATriModalScheduler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ARVATriModalScheduler",
+            display_name="Tri-Modal Scheduler",
+            category=CATEGORY,
+            description="Decides at every step whether to reuse the last velocity, to predict the next one from the "
+            "stored ones, or to run the model (SCOPE). Connect the model to an AR Segment Sampler.",
+            search_aliases=["scope", "taylorseer", "predict recompute", "ar video scheduler", "speed up video"],
+            inputs=[
+                io.Model.Input("model", tooltip="An autoregressive video model."),
+                io.Float.Input("cache_below", default=SCHEDULED.thresholds.tau_cache, min=0.0, max=100.0, step=0.01, round=0.0001,
+                               tooltip="Reuse the last velocity while the accumulated change is below this; 0 never reuses."),
+                io.Float.Input("predict_below", default=SCHEDULED.thresholds.tau_predict, min=0.0, max=100.0, step=0.01, round=0.0001,
+                               tooltip="Predict the velocity while the accumulated change is below this, compute it from "
+                               "there on; higher is faster and less exact, 0 computes every step."),
+                io.Combo.Input("signal", options=[*HOST_SIGNALS, *SIGNALS], default=SCHEDULED.signal, advanced=True,
+                               tooltip="What is measured; the two thresholds are in its units. log-snr needs the noise "
+                               "levels alone and costs nothing."),
+                io.Combo.Input("order", options=list(ORDERS), default=str(SCHEDULED.order), advanced=True,
+                               tooltip="Of the prediction: a line through the last two velocities (1), the quadratic of "
+                               "SCOPE (2) or of Newton (newton2), or whichever the history allows (auto)."),
+                io.Float.Input("decay", default=SCHEDULED.thresholds.decay, min=0.01, max=1.0, step=0.01, advanced=True,
+                               tooltip="What a prediction leaves of the accumulated change; 1 keeps all of it."),
+                io.Int.Input("max_skip", default=SCHEDULED.thresholds.max_skip, min=1, max=100, advanced=True, tooltip=MAX_SKIP),
+                io.Int.Input("warmup", default=SCHEDULED.warmup, min=1, max=100, advanced=True, tooltip=WARMUP),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip=OUTPUT)],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: io.Model.Type, cache_below: float, predict_below: float, signal: str, order: str, decay: float,
+        max_skip: int, warmup: int,
+    ) -> io.NodeOutput:  # fmt: skip
+        if cache_below > predict_below:
+            raise ValueError(
+                f"Tri-Modal Scheduler: cache_below {cache_below:g} is above predict_below {predict_below:g}; reusing must "
+                "stop before predicting does, so lower cache_below or raise predict_below."
+            )
+        thresholds = TriModalConfig(cache_below, predict_below, decay, max_skip)
+        return io.NodeOutput(
+            describe(model, scheduler=SchedulerConfig(thresholds, signal, ORDERS[order], warmup=warmup))
+        )
+
+
+class ARVAResidualCorrection(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ARVAResidualCorrection",
+            display_name="Residual Correction",
+            category=CATEGORY,
+            description="Corrects every reused velocity by how far it should have moved (ARCache). It acts where "
+            "History-Guided Cache or Tri-Modal Scheduler reuse; predictions are left alone.",
+            search_aliases=["arcache", "erc", "enhanced residual correction"],
+            inputs=[
+                io.Model.Input("model", tooltip="A model with History-Guided Cache or Tri-Modal Scheduler."),
+                io.Combo.Input("source", options=[SOURCES[0], *SOURCES[:0:-1]], default=CorrectionConfig().source,
+                               tooltip="How far a reused velocity is moved: in proportion to the noise level "
+                               "(sigma_linear), as the first segment moved (seg1_l1, the paper's), or not at all (hold)."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip=OUTPUT)],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: io.Model.Type, source: str) -> io.NodeOutput:
+        return io.NodeOutput(describe(model, correction=CorrectionConfig(source)))
+
+
+class ARVAActiveFrameWindow(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ARVAActiveFrameWindow",
+            display_name="Active Frame Window",
+            category=CATEGORY,
+            description="Leaves latent frames that have not started yet out of the model's window (SCOPE). It saves "
+            "where the blocks of a segment start one after the other (ar_step above 0).",
+            search_aliases=["scope", "active frames", "skip idle frames"],
+            inputs=[
+                io.Model.Input("model", tooltip="An autoregressive video model."),
+                io.Combo.Input("mode", options=["suffix"], default="suffix",
+                               tooltip="suffix leaves out the frames after the last one that has started."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip=OUTPUT)],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: io.Model.Type, mode: str) -> io.NodeOutput:
+        return io.NodeOutput(describe(model, suffix_window=mode == "suffix"))
+
+
+ACCELERATION_NODES: list[type[io.ComfyNode]] = [
+    ARVAHistoryGuidedCache,
+    ARVATriModalScheduler,
+    ARVAResidualCorrection,
+    ARVAActiveFrameWindow,
+]

@@ -1,0 +1,197 @@
+"""How the pack runs inside ComfyUI: what a MODEL can do, core's guider around our loops, progress and previews.
+
+Core's ``CFGGuider`` loads the model, applies LoRA, hooks and wrappers and converts latents; our ``Sampler`` subclass only
+replaces the loop. All state of a run lives in that call and is gone when it ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy.ldm.wan.model import WanModel
+from torch import Tensor
+
+from ..accel.call import Call
+from ..accel.engine import Acceleration, Run
+from ..accel.timeline import Timeline
+from .host_denoiser import CausalHostDenoiser, HostDenoiser, per_frame_sampling
+from .job import CAUSAL, CLIP, NODE, Job
+
+PREVIEW_SECONDS = 0.25
+
+
+def model_regime(model: Any) -> str:
+    """``causal`` for a model with core's K/V protocol, ``frames`` for a Wan model that takes a noise level per frame.
+
+    Raises:
+        ValueError: neither.
+    """
+    network = getattr(model.model, "diffusion_model", None)
+    if hasattr(network, "init_kv_caches") and hasattr(network, "init_crossattn_caches"):
+        return "causal"
+    flow = isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
+    if type(network) is WanModel and flow and network.in_dim == model.model.latent_format.latent_channels:
+        return "frames"
+    reads = f" reading {network.in_dim} channels" if hasattr(network, "in_dim") else ""
+    raise ValueError(
+        f"{NODE}: model is {type(model.model).__name__} ({type(network).__name__}{reads}), which can make no "
+        "autoregressive video here; load a Wan text-to-video model trained with diffusion forcing, or a causal Wan model."
+    )
+
+
+def model_shift(model: Any) -> float:
+    """The flow shift that the model, or a node before, sets."""
+    return float(getattr(model.get_model_object("model_sampling"), "shift", 1.0))
+
+
+def video_latent(model: Any, latent: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the LATENT whose samples ``[B, C, T, H, W]`` fit the model.
+
+    Raises:
+        ValueError: anything else than one 5-D latent without a noise mask.
+    """
+    samples = latent["samples"]
+    if getattr(samples, "is_nested", False) or samples.ndim != 5:
+        shape = "several latents in one" if getattr(samples, "is_nested", False) else list(samples.shape)
+        raise ValueError(
+            f"{NODE}: latent_image must be a video latent [batch, channels, frames, height, width], got {shape}; "
+            "connect an empty video latent, such as Empty AR Video Latent or Tiny AR Latent."
+        )
+    if latent.get("noise_mask") is not None:
+        raise ValueError(f"{NODE}: latent_image carries a noise mask, which is not supported; remove the mask.")
+    out = latent.copy()
+    ratios = (out.pop("downscale_ratio_spacial", None), out.pop("downscale_ratio_temporal", None))
+    out["samples"] = comfy.sample.fix_empty_latent_channels(model, samples, *ratios)
+    channels = model.get_model_object("latent_format").latent_channels
+    if out["samples"].shape[1] != channels:
+        raise ValueError(
+            f"{NODE}: latent_image has {out['samples'].shape[1]} channels, the model works on {channels}; "
+            "connect an empty latent made for this model."
+        )
+    return out
+
+
+def sample_segments(
+    model: Any, positive: list, negative: list, latent: dict[str, Any], job: Job, acceleration: Acceleration,
+    timeline: Timeline,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs ``job`` and returns the LATENT; ``timeline`` is filled on the way."""
+    if job.mode == CAUSAL:
+        _check_one_branch(model, positive)
+    else:
+        model = model.clone()
+        model.add_object_patch("model_sampling", per_frame_sampling(model.get_model_object("model_sampling")))
+    samples = latent["samples"]
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(job.cfg)
+    video = guider.sample(
+        comfy.sample.prepare_noise(samples, job.seed, latent.get("batch_index")),
+        samples,
+        SegmentSampler(job, acceleration, timeline, Progress(model, job.calls)),
+        job.table.float(),
+        seed=job.seed,
+    )
+    return latent | {"samples": video.to(comfy.model_management.intermediate_device())}
+
+
+def _check_one_branch(model: Any, positive: list) -> None:
+    if len(positive) != 1 or model.model_options.get("disable_cfg1_optimization", False):
+        raise ValueError(
+            f"{NODE}: causal blocks keep K/V for one branch, but there are {len(positive)} positive conditionings or a node "
+            "that forces the negative branch; use a single conditioning and remove such nodes."
+        )
+
+
+class SegmentSampler(comfy.samplers.Sampler):
+    """Core's sampler interface around the segment loops."""
+
+    def __init__(self, job: Job, acceleration: Acceleration, timeline: Timeline, progress: Progress) -> None:
+        self.job, self.acceleration, self.timeline, self.progress = job, acceleration, timeline, progress
+
+    @torch.no_grad()
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ) -> Tensor:
+        """The video ``[B, C, T, H, W]`` in model space; arguments as core's samplers have them."""
+        sampling = model_wrap.inner_model.model_sampling
+        start = sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
+        prefix = None
+        if self.job.mode == CAUSAL:
+            prefix = _start_frames(model_wrap, extra_args, start)
+            denoiser = CausalHostDenoiser(model_wrap, extra_args, start)
+        else:
+            denoiser = HostDenoiser(model_wrap, extra_args, start, shares_time=self.job.mode == CLIP)
+        run = Run(self.acceleration, denoiser, self.timeline)
+        self.progress.begin(start, prefix)
+        pieces = [] if prefix is None else [prefix]
+        for segment in self.job.segments(run, start, self.progress, prefix):
+            pieces.append(segment.latents)
+        return torch.cat(pieces, 2)
+
+
+def _start_frames(guider, extra_args: dict[str, Any], x: Tensor) -> Tensor | None:
+    """The start image that core's AR Video I2V leaves in the model's options, in model space."""
+    options = extra_args["model_options"].get("transformer_options", {})
+    latent = options.get("ar_config", {}).get("initial_latent")
+    if latent is None:
+        return None
+    return guider.inner_model.process_latent_in(latent).to(x).expand(x.shape[0], -1, -1, -1, -1)
+
+
+class Progress:
+    """Progress bar in model calls, with the growing clip as a film strip, and the check for interrupts between calls."""
+
+    def __init__(self, model: Any, calls: int) -> None:
+        self.bar = comfy.utils.ProgressBar(calls)
+        self.calls, self.done, self.shown = calls, 0, 0.0
+        self.previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def begin(self, x: Tensor, prefix: Tensor | None) -> None:
+        """A run over latents like ``x`` ``[B, C, T, H, W]`` starts."""
+        self.strip = torch.zeros_like(x[0])
+        self.reached = 0
+        if prefix is not None:
+            self.reached = prefix.shape[2]
+            self.strip[:, : self.reached] = prefix[0]
+
+    def __call__(self, call: Call, latents: Tensor) -> None:
+        """After every call, with the latents of the segment."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self.done += 1
+        end = call.offset + latents.shape[2]
+        self.strip[:, call.offset : end] = latents[0]
+        self.reached = max(self.reached, call.offset + call.frames[0] + _started(call))
+        self.bar.update_absolute(self.done, self.calls, self._preview())
+
+    def _preview(self):
+        now = time.monotonic()
+        if self.previewer is None or (now - self.shown < PREVIEW_SECONDS and self.done < self.calls):
+            return None
+        self.shown = now
+        return self.previewer.decode_latent_to_preview_image("JPEG", mosaic(self.strip, self.reached))
+
+
+def _started(call: Call) -> int:
+    """Latent frames of the window up to the last one that has started."""
+    return max((index for index, step in enumerate(call.steps, 1) if step), default=0)
+
+
+def mosaic(strip: Tensor, frames: int) -> Tensor:
+    """The first ``frames`` of ``strip`` ``[C, T, H, W]`` in rows, as one latent ``[1, C, 1, H', W']``."""
+    channels, total, height, width = strip.shape
+    columns = math.ceil(math.sqrt(total * height / width))
+    rows = math.ceil(total / columns)
+    sheet = strip.new_zeros(channels, rows * columns, height, width)
+    sheet[:, :frames] = strip[:, :frames]
+    sheet = sheet.unflatten(1, (rows, columns)).transpose(2, 3).reshape(1, channels, 1, rows * height, columns * width)
+    return sheet

@@ -1,0 +1,193 @@
+"""ComfyUI's guided Wan models as the ``Denoiser`` that ``accel`` accelerates.
+
+A noise level per latent frame reaches the model through its ``model_sampling``: outside of it core sees one level per
+batch entry, as its conditioning, hooks and wrappers expect.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import comfy.ldm.common_dit
+import comfy.model_management
+import torch
+from comfy.ldm.wan.model import repeat_e, sinusoidal_embedding_1d
+from torch import Tensor
+
+from ..accel.call import Call, Kind
+from ..accel.flops import WanShape
+
+
+def per_frame_sampling(sampling: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a flow model's ``model_sampling`` that can give every latent frame a noise level of its own.
+
+    Its ``levels`` ``[T]`` (or ``[1]``, shared) hold for the call being made; None is the original.
+    """
+
+    class PerFrame(type(sampling)):
+        levels: Tensor | None = None
+
+        def timestep(self, sigma: Tensor) -> Tensor:
+            if self.levels is None:
+                return super().timestep(sigma)
+            return super().timestep(self.levels)[None].expand(sigma.shape[0], -1)
+
+        def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+            if self.levels is None:
+                return super().calculate_denoised(sigma, model_output, model_input)
+            return model_input - model_output * over_frames(self.levels)
+
+    patched = copy.deepcopy(sampling)
+    patched.__class__ = PerFrame
+    return patched
+
+
+def over_frames(levels: Tensor) -> Tensor:
+    """``[T]`` shaped to act on latents ``[B, C, T, H, W]``."""
+    return levels[None, None, :, None, None]
+
+
+def velocity_of(x: Tensor, denoised: Tensor, levels: Tensor) -> Tensor:
+    """v = (x - x0) / sigma; 0 in clean frames, whose velocity nobody asks for."""
+    sigma = over_frames(levels)
+    return torch.where(sigma > 0, (x - denoised) / sigma.clamp_min(1e-12), 0.0)
+
+
+class HostDenoiser:
+    """Diffusion forcing and next clip: core's ``WanModel``, clean history in the window.
+
+    Args:
+        guider: core's guider while it samples. extra_args: model options and seed, as core hands them to samplers.
+        x: latents ``[B, C, T, H, W]`` of the whole video, for sizes. shares_time: one noise level for the whole window.
+    """
+
+    recomputes_history = True
+
+    def __init__(self, guider: Any, extra_args: dict[str, Any], x: Tensor, shares_time: bool = False) -> None:
+        self.guider, self.extra_args, self.shares_time = guider, extra_args, shares_time
+        self.model = guider.inner_model
+        self.network = self.model.diffusion_model
+        options = extra_args["model_options"]
+        self.transformer_options = options.setdefault("transformer_options", {})
+        self.branches = 1 if guider.cfg == 1.0 and not options.get("disable_cfg1_optimization", False) else 2
+        self.batch = x.shape[0]
+        self.shape = _shape(self.network, self._context(1).shape[1])
+        self.tokens = self.shape.tokens_per_frame(x.shape[3], x.shape[4])
+
+    def velocity(self, call: Call, x: Tensor) -> Tensor:
+        sampling, levels = self.model.model_sampling, self._levels(call, x)
+        before = self.transformer_options.get("rope_options")
+        try:
+            sampling.levels = levels
+            if call.frames[0]:
+                shift = (before or {}).get("shift_t", 0.0) + call.frames[0]
+                self.transformer_options["rope_options"] = {**(before or {}), "shift_t": shift}
+            denoised = self.guider(x, levels.max().expand(self.batch), **self.extra_args)
+        finally:
+            sampling.levels = None
+            if call.frames[0]:
+                self.transformer_options["rope_options"] = before
+        return velocity_of(x, denoised, levels)
+
+    def feature(self, kind: str, call: Call, x: Tensor) -> Tensor:
+        """Of the conditional branch, through the model's own embedders and first block."""
+        if kind == "latent":
+            return x
+        network, frames, dtype = self.network, x.shape[2], self.model.get_dtype_inference()
+        time = self.model.model_sampling.timestep(self._levels(call, x)).float()
+        time = network.time_embedding(sinusoidal_embedding_1d(network.freq_dim, time).to(dtype))
+        modulation = network.time_projection(time).unflatten(1, (6, network.dim)).expand(self.batch, frames, -1, -1)
+        if kind == "timestep":
+            return modulation
+        tokens = comfy.ldm.common_dit.pad_to_patch_size(x.to(dtype), network.patch_size)
+        tokens = network.patch_embedding(tokens.float()).to(dtype).flatten(2).transpose(1, 2)
+        block = network.blocks[0]
+        if kind == "modulated":
+            base = comfy.model_management.cast_to(block.modulation, dtype=dtype, device=x.device)
+            shift, scale = (base.unsqueeze(0) + modulation).unbind(2)[:2]
+            features = torch.addcmul(repeat_e(shift, tokens), block.norm1(tokens), 1 + repeat_e(scale, tokens))
+        else:
+            start = call.frames[0] + (0 if self.recomputes_history else call.offset)
+            options = {key: value for key, value in self.transformer_options.items() if key == "rope_options"}
+            rotations = network.rope_encode(
+                frames, *x.shape[3:], t_start=start, device=x.device, dtype=dtype, transformer_options=options
+            )
+            context = network.text_embedding(self._context(self.batch).to(x.device, dtype))
+            features = block(tokens, e=modulation, freqs=rotations, context=context, context_img_len=None)
+        return features.unflatten(1, (frames, -1))
+
+    def flops(self, call: Call, frames: int) -> int:
+        rows = 1 if self.shares_time else None
+        return self.batch * self.shape.forward_flops(
+            frames, self.tokens, self._keys(call, frames), branches=self.branches, time_rows=rows
+        )
+
+    def feature_flops(self, kind: str, call: Call, frames: int) -> int:
+        if kind == "latent":
+            return 0
+        count = self.shape.time_flops(1 if self.shares_time else frames)
+        if kind != "timestep":
+            count += self.shape.patch_flops(frames * self.tokens)
+        if kind == "block0":
+            count += self.shape.block_flops(frames * self.tokens, frames * self.tokens) + self.shape.text_flops()
+        return self.batch * count
+
+    def _keys(self, call: Call, frames: int) -> int | None:
+        return None
+
+    def _levels(self, call: Call, x: Tensor) -> Tensor:
+        """What the model is told, ``[T]``, or ``[1]`` where all frames share it."""
+        levels = torch.tensor(call.sigmas, dtype=torch.float32, device=x.device)
+        return levels.max()[None] if self.shares_time else levels
+
+    def _context(self, batch: int) -> Tensor:
+        """The positive prompt as the model reads it, ``[batch, tokens, text_dim]``."""
+        cond = self.guider.conds["positive"][0]["model_conds"]["c_crossattn"]
+        return cond.process_cond(batch_size=batch, area=None).cond
+
+
+class CausalHostDenoiser(HostDenoiser):
+    """Causal blocks: core's ``CausalWanModel`` with its K/V protocol. Only a commit or prefill moves the store's end, so
+    a skipped forward leaves it as the forward would have."""
+
+    recomputes_history = False
+
+    def __init__(self, guider: Any, extra_args: dict[str, Any], x: Tensor) -> None:
+        super().__init__(guider, extra_args, x)
+        capacity, dtype = x.shape[2] * self.tokens, self.model.get_dtype_inference()
+        self.kv_caches = self.network.init_kv_caches(self.batch, capacity, x.device, dtype)
+        self.crossattn_caches = self.network.init_crossattn_caches(self.batch, x.device, dtype)
+
+    def velocity(self, call: Call, x: Tensor) -> Tensor:
+        end = self.kv_caches[0]["end"]
+        written = end + x.shape[2] * self.tokens
+        self.transformer_options["ar_state"] = {
+            "start_frame": call.offset + call.frames[0],
+            "kv_caches": self.kv_caches,
+            "crossattn_caches": self.crossattn_caches,
+        }
+        try:
+            levels = self._levels(call, x)
+            denoised = self.guider(x, levels[:1].expand(self.batch), **self.extra_args)
+        finally:
+            self.transformer_options.pop("ar_state", None)
+        if self.kv_caches[0]["end"] != written:
+            raise RuntimeError(
+                "AR Segment Sampler: something on the model skipped or repeated a forward, which breaks the K/V store of "
+                "causal blocks; remove other cache nodes (such as LazyCache) and use the acceleration nodes of AR Video."
+            )
+        if call.kind is Kind.DENOISE:
+            for cache in self.kv_caches:
+                cache["end"] = end
+        return velocity_of(x, denoised, levels)
+
+    def _keys(self, call: Call, frames: int) -> int | None:
+        return (call.offset + frames) * self.tokens
+
+
+def _shape(network: torch.nn.Module, text_tokens: int) -> WanShape:
+    return WanShape(
+        network.dim, network.ffn_dim, network.num_layers, network.num_heads, text_tokens, tuple(network.patch_size),
+        network.in_dim, network.out_dim, network.freq_dim, network.text_dim,
+    )  # fmt: skip
