@@ -1,0 +1,172 @@
+"""Runs the shipped workflows on a headless ComfyUI and collects what they make.
+
+    python -m tests.host.workflow_run [--target FOLDER] [--thumbnails] [NAME ...]
+
+prints the report of each and copies its video, timeline (JSON, SVG) and latents to ``FOLDER/NAME`` (default
+``demo/output/host``). ``--thumbnails`` renews the pictures of the workflow templates from the videos.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from tests.host.comfy import PACK_ROOT, ComfyServer, find_comfy
+
+WORKFLOWS = PACK_ROOT / "workflows"
+TARGET = PACK_ROOT / "demo" / "output" / "host"
+NAMES = ("tiny_diffusion_forcing", "tiny_causal")
+SAMPLER, TIMELINE, VIDEO = "ARVASegmentSampler", "ARVATimeline", "SaveVideo"
+LATENT_NODE = "latent"
+RUN_SECONDS = 1800.0
+THUMBNAIL_FRAMES, THUMBNAIL_SIZE, THUMBNAIL_BYTES = 5, 160, 60_000
+
+Graph = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkflowRun:
+    """What one workflow made.
+
+    Attributes:
+        video, timeline, svg: the files its output nodes saved. latent: a safetensors file; its ``latent_tensor`` is the
+            sampler's LATENT, in core's LATENT space. report: the timeline in words. totals: of the timeline.
+        entry: the server's history entry.
+    """
+
+    video: Path
+    timeline: Path
+    svg: Path
+    latent: Path
+    report: str
+    totals: dict[str, Any]
+    entry: dict[str, Any]
+
+
+def load_graph(name: str) -> Graph:
+    """The API-format twin of a workflow."""
+    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
+
+
+def nodes_of(graph: Graph, class_type: str) -> list[str]:
+    """Ids of the graph's nodes of one class."""
+    return [node_id for node_id, node in graph.items() if node["class_type"] == class_type]
+
+
+def with_saved_latent(graph: Graph) -> Graph:
+    """A copy of ``graph`` that also saves the latents of its one AR Segment Sampler."""
+    (sampler,) = nodes_of(graph, SAMPLER)
+    save = {"class_type": "SaveLatent", "inputs": {"samples": [sampler, 0], "filename_prefix": "latents/arva"}}
+    return {**copy.deepcopy(graph), LATENT_NODE: save}
+
+
+def run_graph(server: ComfyServer, graph: Graph, target: Path, timeout: float = RUN_SECONDS) -> WorkflowRun:
+    """Queues a graph with one sampler, one timeline and one saved video; copies what it made to ``target``.
+
+    Raises:
+        PromptError: refused or failed. TimeoutError: not done after ``timeout`` seconds.
+    """
+    graph = with_saved_latent(graph)
+    (timeline,), (video,) = nodes_of(graph, TIMELINE), nodes_of(graph, VIDEO)
+    entry = server.run(graph, timeout)
+    made = entry["outputs"]
+    target.mkdir(parents=True, exist_ok=True)
+
+    def fetch(node_id: str, key: str, name: str) -> Path:
+        (saved,) = made[node_id][key]
+        path = target / name
+        return Path(shutil.copyfile(server.output_dir / saved["subfolder"] / saved["filename"], path))
+
+    return WorkflowRun(
+        video=fetch(video, "images", "video.mp4"),
+        timeline=fetch(timeline, "files", "timeline.json"),
+        svg=fetch(timeline, "images", "timeline.svg"),
+        latent=fetch(LATENT_NODE, "latents", "latent.safetensors"),
+        report=made[timeline]["text"][0],
+        totals=made[timeline]["arva_timeline"][0]["totals"],
+        entry=entry,
+    )
+
+
+def run_workflows(
+    root: Path | None = None,
+    names: Sequence[str] = NAMES,
+    target: Path = TARGET,
+    change: Callable[[str, Graph], Graph] = lambda name, graph: graph,
+    server: ComfyServer | None = None,
+    timeout: float = RUN_SECONDS,
+) -> dict[str, WorkflowRun]:
+    """Runs the API twins of ``names`` one after the other.
+
+    Args:
+        root: the ComfyUI checkout for a server of its own; not needed with ``server``.
+        target: each workflow's files are copied to ``target / name``.
+        change: maps a workflow's name and graph to the graph to run, for comparisons.
+        server: a running server to use.
+        timeout: seconds for one workflow.
+
+    Raises:
+        PromptError: a workflow was refused or failed. TimeoutError: it took too long.
+    """
+    with _server(root, server) as running:
+        return {
+            name: run_graph(running, change(name, load_graph(name)), Path(target) / name, timeout) for name in names
+        }
+
+
+@contextmanager
+def _server(root: Path | None, server: ComfyServer | None) -> Iterator[ComfyServer]:
+    if server is not None:
+        yield server
+    elif root is None:
+        raise ValueError("run_workflows needs the ComfyUI checkout (root) or a running server.")
+    else:
+        with ComfyServer(root) as own:
+            yield own
+
+
+def thumbnail(video: Path) -> bytes:
+    """A JPEG of frames spread over the video, in a row, of at most ``THUMBNAIL_BYTES``."""
+    import av
+    from PIL import Image
+
+    with av.open(str(video)) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    chosen = [frames[round(i * (len(frames) - 1) / (THUMBNAIL_FRAMES - 1))] for i in range(THUMBNAIL_FRAMES)]
+    sheet = Image.new("RGB", (THUMBNAIL_SIZE * THUMBNAIL_FRAMES, THUMBNAIL_SIZE))
+    for index, frame in enumerate(chosen):
+        sheet.paste(frame.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE)), (index * THUMBNAIL_SIZE, 0))
+    for quality in range(90, 20, -10):
+        buffer = BytesIO()
+        sheet.save(buffer, "JPEG", quality=quality, optimize=True)
+        if buffer.tell() <= THUMBNAIL_BYTES:
+            break
+    return buffer.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run the shipped workflows on a headless ComfyUI.")
+    parser.add_argument("names", nargs="*", choices=[*NAMES, []], default=[], help="workflows; all by default")
+    parser.add_argument("--target", type=Path, default=TARGET, help="folder for what they make")
+    parser.add_argument("--thumbnails", action="store_true", help="renew the pictures of the templates")
+    options = parser.parse_args()
+    root = find_comfy()
+    if root is None:
+        print("ComfyUI workflows not run: no ComfyUI found; set COMFYUI_PATH.")
+        return
+    for name, run in run_workflows(root, options.names or NAMES, options.target).items():
+        print(f"{name} in ComfyUI: {run.video}\n{run.report}\n")
+        if options.thumbnails:
+            (WORKFLOWS / f"{name}.jpg").write_bytes(thumbnail(run.video))
+
+
+if __name__ == "__main__":
+    main()
