@@ -7,6 +7,8 @@ it and makes the state of a run; nothing here keeps any.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from comfy_api.latest import io
@@ -20,6 +22,7 @@ CATEGORY = "AR Video"
 OPTION = "arva_acceleration"
 ORDERS = {"1": 1, "2": 2, "newton2": "newton2", "auto": "auto"}
 GUIDED, SCHEDULED = HistoryGuidedConfig(), SchedulerConfig()
+THRESHOLDS = SCHEDULED.thresholds
 OUTPUT = "The model with this acceleration described; only the AR Segment Sampler reads it."
 MAX_SKIP = "Most calls in a row that may be skipped before one is computed."
 WARMUP = "First steps of every block of latent frames that are always computed."
@@ -38,6 +41,18 @@ def describe(model: io.Model.Type, **parts: object) -> io.Model.Type:
     return clone
 
 
+@contextmanager
+def _inputs_of(node: str, **names: str) -> Iterator[None]:
+    """Words what a config refuses with the node's name and its inputs' names."""
+    try:
+        yield
+    except ValueError as error:
+        reason = str(error).partition(": ")[2]
+        for field, name in names.items():
+            reason = reason.replace(field, name)
+        raise ValueError(f"{node}: {reason}") from None
+
+
 class ARVAHistoryGuidedCache(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -51,8 +66,8 @@ class ARVAHistoryGuidedCache(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="An autoregressive video model."),
                 io.Float.Input("threshold", default=GUIDED.delta, min=0.0, max=10.0, step=0.01, round=0.0001,
-                               tooltip="Reuse while the accumulated relative change stays within this; higher is faster "
-                               "and less exact, 0 is off."),
+                               tooltip="Reuse while the accumulated relative change stays within this; higher is "
+                               "faster and less exact, 0 is off."),
                 io.Combo.Input("signal", options=list(HISTORY_CHOICES), default=GUIDED.signal, advanced=True,
                                tooltip="What is measured: the modulated input of the history tokens (mod), the first "
                                "block's output at them (block0), or the frames being denoised (current). auto picks by "
@@ -66,7 +81,9 @@ class ARVAHistoryGuidedCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type, threshold: float, signal: str, max_skip: int, warmup: int) -> io.NodeOutput:
-        return io.NodeOutput(describe(model, history_guided=HistoryGuidedConfig(threshold, signal, max_skip, warmup)))
+        with _inputs_of("History-Guided Cache", delta="threshold"):
+            config = HistoryGuidedConfig(threshold, signal, max_skip, warmup)
+        return io.NodeOutput(describe(model, history_guided=config))
 
 
 class ARVATriModalScheduler(io.ComfyNode):
@@ -81,20 +98,22 @@ class ARVATriModalScheduler(io.ComfyNode):
             search_aliases=["scope", "taylorseer", "predict recompute", "ar video scheduler", "speed up video"],
             inputs=[
                 io.Model.Input("model", tooltip="An autoregressive video model."),
-                io.Float.Input("cache_below", default=SCHEDULED.thresholds.tau_cache, min=0.0, max=100.0, step=0.01, round=0.0001,
-                               tooltip="Reuse the last velocity while the accumulated change is below this; 0 never reuses."),
-                io.Float.Input("predict_below", default=SCHEDULED.thresholds.tau_predict, min=0.0, max=100.0, step=0.01, round=0.0001,
-                               tooltip="Predict the velocity while the accumulated change is below this, compute it from "
-                               "there on; higher is faster and less exact, 0 computes every step."),
+                io.Float.Input("cache_below", default=THRESHOLDS.tau_cache, min=0.0, max=100.0, step=0.01,
+                               round=0.0001, tooltip="Reuse the last velocity while the accumulated change is below "
+                               "this; 0 never reuses."),
+                io.Float.Input("predict_below", default=THRESHOLDS.tau_predict, min=0.0, max=100.0, step=0.01,
+                               round=0.0001, tooltip="Predict the velocity while the accumulated change is below this, "
+                               "compute it from there on; higher is faster and less exact, 0 computes every step."),
                 io.Combo.Input("signal", options=[*HOST_SIGNALS, *SIGNALS], default=SCHEDULED.signal, advanced=True,
                                tooltip="What is measured; the two thresholds are in its units. log-snr needs the noise "
                                "levels alone and costs nothing."),
                 io.Combo.Input("order", options=list(ORDERS), default=str(SCHEDULED.order), advanced=True,
-                               tooltip="Of the prediction: a line through the last two velocities (1), the quadratic of "
-                               "SCOPE (2) or of Newton (newton2), or whichever the history allows (auto)."),
-                io.Float.Input("decay", default=SCHEDULED.thresholds.decay, min=0.01, max=1.0, step=0.01, advanced=True,
+                               tooltip="Of the prediction: a line through the last two velocities (1), the quadratic "
+                               "of SCOPE (2) or of Newton (newton2), or whichever the history allows (auto)."),
+                io.Float.Input("decay", default=THRESHOLDS.decay, min=0.01, max=1.0, step=0.01, advanced=True,
                                tooltip="What a prediction leaves of the accumulated change; 1 keeps all of it."),
-                io.Int.Input("max_skip", default=SCHEDULED.thresholds.max_skip, min=1, max=100, advanced=True, tooltip=MAX_SKIP),
+                io.Int.Input("max_skip", default=THRESHOLDS.max_skip, min=1, max=100, advanced=True,
+                             tooltip=MAX_SKIP),
                 io.Int.Input("warmup", default=SCHEDULED.warmup, min=1, max=100, advanced=True, tooltip=WARMUP),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip=OUTPUT)],
@@ -105,15 +124,10 @@ class ARVATriModalScheduler(io.ComfyNode):
         cls, model: io.Model.Type, cache_below: float, predict_below: float, signal: str, order: str, decay: float,
         max_skip: int, warmup: int,
     ) -> io.NodeOutput:  # fmt: skip
-        if cache_below > predict_below:
-            raise ValueError(
-                f"Tri-Modal Scheduler: cache_below {cache_below:g} is above predict_below {predict_below:g}; reusing must "
-                "stop before predicting does, so lower cache_below or raise predict_below."
-            )
-        thresholds = TriModalConfig(cache_below, predict_below, decay, max_skip)
-        return io.NodeOutput(
-            describe(model, scheduler=SchedulerConfig(thresholds, signal, ORDERS[order], warmup=warmup))
-        )
+        with _inputs_of("Tri-Modal Scheduler", tau_cache="cache_below", tau_predict="predict_below"):
+            thresholds = TriModalConfig(cache_below, predict_below, decay, max_skip)
+            config = SchedulerConfig(thresholds, signal, ORDERS[order], warmup=warmup)
+        return io.NodeOutput(describe(model, scheduler=config))
 
 
 class ARVAResidualCorrection(io.ComfyNode):
@@ -130,14 +144,16 @@ class ARVAResidualCorrection(io.ComfyNode):
                 io.Model.Input("model", tooltip="A model with History-Guided Cache or Tri-Modal Scheduler."),
                 io.Combo.Input("source", options=[SOURCES[0], *SOURCES[:0:-1]], default=CorrectionConfig().source,
                                tooltip="How far a reused velocity is moved: in proportion to the noise level "
-                               "(sigma_linear), as the first segment moved (seg1_l1, the paper's), or not at all (hold)."),
+                               "(sigma_linear), as the first segment moved (seg1_l1, the paper's), or not (hold)."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip=OUTPUT)],
         )  # fmt: skip
 
     @classmethod
     def execute(cls, model: io.Model.Type, source: str) -> io.NodeOutput:
-        return io.NodeOutput(describe(model, correction=CorrectionConfig(source)))
+        with _inputs_of("Residual Correction"):
+            config = CorrectionConfig(source)
+        return io.NodeOutput(describe(model, correction=config))
 
 
 class ARVAActiveFrameWindow(io.ComfyNode):

@@ -1,7 +1,7 @@
 """How the pack runs inside ComfyUI: what a MODEL can do, core's guider around our loops, progress and previews.
 
-Core's ``CFGGuider`` loads the model, applies LoRA, hooks and wrappers and converts latents; our ``Sampler`` subclass only
-replaces the loop. All state of a run lives in that call and is gone when it ends, however it ends.
+Core's ``CFGGuider`` loads the model, applies LoRA, hooks and wrappers and converts latents; our ``Sampler`` subclass
+only replaces the loop. All state of a run lives in that call and is gone when it ends, however it ends.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def model_regime(model: Any) -> str:
     reads = f" reading {network.in_dim} channels" if hasattr(network, "in_dim") else ""
     raise ValueError(
         f"{NODE}: model is {type(model.model).__name__} ({type(network).__name__}{reads}), which can make no "
-        "autoregressive video here; load a Wan text-to-video model trained with diffusion forcing, or a causal Wan model."
+        "autoregressive video here; load a Wan text-to-video model trained with diffusion forcing, or a causal Wan "
+        "model."
     )
 
 
@@ -85,19 +86,21 @@ def sample_segments(
     timeline: Timeline,
 ) -> dict[str, Any]:  # fmt: skip
     """Runs ``job`` and returns the LATENT; ``timeline`` is filled on the way."""
+    samples, given = latent["samples"], 0
     if job.mode == CAUSAL:
         _check_one_branch(model, positive)
+        given = _check_start_frames(model, samples)
     else:
         model = model.clone()
         model.add_object_patch("model_sampling", per_frame_sampling(model.get_model_object("model_sampling")))
-    samples = latent["samples"]
+    timeline.columns = job.calls(given) + bool(given)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(job.cfg)
     video = guider.sample(
         comfy.sample.prepare_noise(samples, job.seed, latent.get("batch_index")),
         samples,
-        SegmentSampler(job, acceleration, timeline, Progress(model, job.calls)),
+        SegmentSampler(job, acceleration, timeline, Progress(model, job.calls(given))),
         job.table.float(),
         seed=job.seed,
     )
@@ -107,9 +110,27 @@ def sample_segments(
 def _check_one_branch(model: Any, positive: list) -> None:
     if len(positive) != 1 or model.model_options.get("disable_cfg1_optimization", False):
         raise ValueError(
-            f"{NODE}: causal blocks keep K/V for one branch, but there are {len(positive)} positive conditionings or a node "
-            "that forces the negative branch; use a single conditioning and remove such nodes."
+            f"{NODE}: causal blocks keep K/V for one branch, but there are {len(positive)} positive conditionings, or "
+            "a node forces the negative branch; use a single conditioning and remove such nodes."
         )
+
+
+def _start_latent(model_options: dict[str, Any]) -> Tensor | None:
+    """The start image that core's AR Video I2V leaves in the model's options, as a LATENT's samples."""
+    return model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
+
+
+def _check_start_frames(model: Any, samples: Tensor) -> int:
+    """Latent frames given at the start of the video."""
+    start = _start_latent(model.model_options)
+    if start is None:
+        return 0
+    if start.shape[3:] != samples.shape[3:] or start.shape[2] >= samples.shape[2]:
+        raise ValueError(
+            f"{NODE}: the start image's latent is {list(start.shape[2:])} [frames, height, width], the video's "
+            f"{list(samples.shape[2:])}; use the latent that AR Video I2V gives, with more frames than the start."
+        )
+    return start.shape[2]
 
 
 class SegmentSampler(comfy.samplers.Sampler):
@@ -127,7 +148,9 @@ class SegmentSampler(comfy.samplers.Sampler):
         start = sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
         prefix = None
         if self.job.mode == CAUSAL:
-            prefix = _start_frames(model_wrap, extra_args, start)
+            prefix = _start_latent(extra_args["model_options"])
+            if prefix is not None:
+                prefix = model_wrap.inner_model.process_latent_in(prefix).to(start).expand(len(start), -1, -1, -1, -1)
             denoiser = CausalHostDenoiser(model_wrap, extra_args, start)
         else:
             denoiser = HostDenoiser(model_wrap, extra_args, start, shares_time=self.job.mode == CLIP)
@@ -139,17 +162,8 @@ class SegmentSampler(comfy.samplers.Sampler):
         return torch.cat(pieces, 2)
 
 
-def _start_frames(guider, extra_args: dict[str, Any], x: Tensor) -> Tensor | None:
-    """The start image that core's AR Video I2V leaves in the model's options, in model space."""
-    options = extra_args["model_options"].get("transformer_options", {})
-    latent = options.get("ar_config", {}).get("initial_latent")
-    if latent is None:
-        return None
-    return guider.inner_model.process_latent_in(latent).to(x).expand(x.shape[0], -1, -1, -1, -1)
-
-
 class Progress:
-    """Progress bar in model calls, with the growing clip as a film strip, and the check for interrupts between calls."""
+    """Progress bar in model calls with the growing clip as a film strip; checks for interrupts between calls."""
 
     def __init__(self, model: Any, calls: int) -> None:
         self.bar = comfy.utils.ProgressBar(calls)

@@ -148,8 +148,10 @@ class HostDenoiser:
 
 
 class CausalHostDenoiser(HostDenoiser):
-    """Causal blocks: core's ``CausalWanModel`` with its K/V protocol. Only a commit or prefill moves the store's end, so
-    a skipped forward leaves it as the forward would have."""
+    """Causal blocks: core's ``CausalWanModel`` with its K/V protocol.
+
+    Only a commit or prefill moves the store's end, so a skipped forward leaves it as the forward would have.
+    """
 
     recomputes_history = False
 
@@ -174,8 +176,8 @@ class CausalHostDenoiser(HostDenoiser):
             self.transformer_options.pop("ar_state", None)
         if self.kv_caches[0]["end"] != written:
             raise RuntimeError(
-                "AR Segment Sampler: something on the model skipped or repeated a forward, which breaks the K/V store of "
-                "causal blocks; remove other cache nodes (such as LazyCache) and use the acceleration nodes of AR Video."
+                "AR Segment Sampler: something on the model skipped or repeated a forward, which breaks the K/V store "
+                "of causal blocks; remove other cache nodes (such as LazyCache) and use those of AR Video."
             )
         if call.kind is Kind.DENOISE:
             for cache in self.kv_caches:

@@ -44,15 +44,20 @@ class Job:
     seed: int
     history_noise: float
 
-    @property
-    def blocks(self) -> int:
-        """Blocks of the whole video."""
-        return -(-self.plan.frames // self.block)
+    def calls(self, given: int = 0) -> int:
+        """Guided model calls, commits included, after ``given`` clean latent frames at the start (causal blocks)."""
+        if self.mode != CAUSAL:
+            return self.plan.calls()
+        return -(-(self.plan.frames - given) // self.block) * (self.plan.steps + 1)
 
-    @property
-    def calls(self) -> int:
-        """Guided model calls of an unaccelerated run, commits included."""
-        return self.blocks * (self.plan.steps + 1) if self.mode == CAUSAL else self.plan.calls()
+    def check(self, acceleration: Acceleration) -> None:
+        """Raises ValueError for an acceleration that could do nothing here."""
+        signal = acceleration.scheduler.signal if acceleration.scheduler else ""
+        if self.mode == CAUSAL and signal.startswith("history"):
+            raise ValueError(
+                f"{PARTS['scheduler']}: signal is {signal}, but causal blocks take history from the K/V store, which "
+                "never changes; use log-snr, current or latent."
+            )
 
     def segments(self, run: Run, noise: Tensor, progress: Progress, prefix: Tensor | None) -> Iterator[Segment]:
         """Runs it: finished segments as they come. ``prefix`` is a clean start of the video, for causal blocks."""
@@ -74,12 +79,9 @@ class Job:
             idle = "; causal blocks run one after the other, so there is nothing to leave out" * (self.mode == CAUSAL)
             settings[PARTS["suffix_window"]] = "suffix" + idle
         return Timeline(
-            rows=self.blocks, columns=self.calls, row_unit="chunk", frames_per_row=self.block,
-            title=f"{NAME_OF[self.mode]}, {self.plan.frames} latent frames", schedule=schedule, settings=settings,
+            rows=-(-self.plan.frames // self.block), row_unit="chunk", frames_per_row=self.block,
+            title=f"{self.mode.capitalize()}, {self.plan.frames} latent frames", schedule=schedule, settings=settings,
         )  # fmt: skip
-
-
-NAME_OF = {FORCING: "Diffusion forcing", CLIP: "Next clip", CAUSAL: "Causal blocks"}
 
 
 def make_job(

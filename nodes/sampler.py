@@ -20,8 +20,8 @@ class ARVASegmentSampler(io.ComfyNode):
             display_name="AR Segment Sampler",
             category=CATEGORY,
             description="Samples an autoregressive video: diffusion forcing over overlapping segments, next-clip "
-            "continuation, or causal blocks with a K/V store. Acceleration nodes before it say which model calls to skip.",
-            search_aliases=["ksampler video", "diffusion forcing", "skyreels", "self forcing", "causal forcing", "long video"],
+            "continuation, or causal blocks with a K/V store. Acceleration nodes before it say which calls to skip.",
+            search_aliases=["diffusion forcing", "skyreels", "self forcing", "causal forcing", "long video"],
             inputs=[
                 io.Model.Input("model", tooltip="A Wan text-to-video model trained with diffusion forcing, or a causal "
                                "Wan model; with acceleration nodes in between."),
@@ -37,9 +37,9 @@ class ARVASegmentSampler(io.ComfyNode):
                                tooltip="How the video is made. auto: causal blocks for causal models, else diffusion "
                                "forcing. next clip is for models whose history shares the time embedding."),
                 io.Int.Input("segment", default=16, min=1, max=4096,
-                             tooltip="Latent frames of one segment: what the model sees at once. Unused in causal blocks."),
+                             tooltip="Latent frames that the model sees at once. Unused in causal blocks."),
                 io.Int.Input("overlap", default=4, min=0, max=4096,
-                             tooltip="Finished latent frames that the next segment continues. Unused in causal blocks."),
+                             tooltip="Finished frames that the next segment continues. Unused in causal blocks."),
                 io.Int.Input("block", default=4, min=1, max=4096,
                              tooltip="Latent frames denoised together, as the model was trained."),
                 io.Int.Input("ar_step", default=5, min=0, max=10000,
@@ -53,7 +53,7 @@ class ARVASegmentSampler(io.ComfyNode):
                 io.Float.Input("history_noise", default=0.0, min=0.0, max=0.99, step=0.01, round=0.001, advanced=True,
                                tooltip="Noise level that finished frames are shown to the model with; a little (0.02) "
                                "can steady long videos."),
-                io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels instead of steps and shift; must end at 0."),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels instead of steps and shift; end at 0."),
             ],
             outputs=[
                 io.Latent.Output("latent", display_name="latent", tooltip="The finished video latent."),
@@ -70,6 +70,7 @@ class ARVASegmentSampler(io.ComfyNode):
         latent = video_latent(model, latent_image)
         job = make_job(regime, latent["samples"].shape[2], model_shift(model), **widgets)
         acceleration = described(model)
+        job.check(acceleration)
         timeline = job.timeline(acceleration)
         latent = sample_segments(model, positive, negative, latent, job, acceleration, timeline)
         logging.info(timeline.log_line())
