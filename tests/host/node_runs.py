@@ -26,7 +26,7 @@ from nodes import NODE_CLASS_MAPPINGS as NODES
 
 TEXT = "red disc, blue square, gravity, pan"
 SETTINGS = {
-    "seed": 7, "steps": 10, "cfg": 2.0, "mode": "auto", "segment": 16, "overlap": 4, "block": 4, "ar_step": 2,
+    "seed": 7, "steps": 8, "cfg": 2.0, "mode": "auto", "segment": 16, "overlap": 4, "block": 4, "ar_step": 2,
     "solver": "auto", "shift": 3.0, "history_noise": 0.0,
 }  # fmt: skip
 CAUSAL = {"cfg": 1.0, "steps": 4, "shift": 0.0}
@@ -101,7 +101,7 @@ def interrupted(model, latent: dict, at: int, **changes) -> bool:
 
 
 def diffusion_forcing(checkpoint: str) -> None:
-    model, latent = comfy.sd.load_diffusion_model(checkpoint), empty(28)
+    model, latent = comfy.sd.load_diffusion_model(checkpoint), empty(20)
     sampling = model.get_model_object("model_sampling")
     sigmas, euler = comfy.samplers.calculate_sigmas(sampling, "simple", 4), comfy.samplers.sampler_object("euler")
     core = core_sample(model, latent, euler, sigmas, 2.0, 7)
@@ -183,7 +183,7 @@ def shifted_window(model) -> None:
 
     patched = model.clone()
     patched.add_object_patch("model_sampling", denoisers.per_frame_sampling(model.get_model_object("model_sampling")))
-    core_sample(patched, empty(28), Probe(), torch.tensor([1.0, 0.0]), 1.0, 3)
+    core_sample(patched, empty(20), Probe(), torch.tensor([1.0, 0.0]), 1.0, 3)
     (first, _), (second, seen) = answers
     facts["window shift"] = [(first - second).abs().max().item(), seen]
 
@@ -212,10 +212,10 @@ def refusals(model, latent: dict) -> None:
     facts["refusals"] = {
         "4-D latent": sampler(latent={"samples": torch.zeros(1, 16, 8, 8)}),
         "noise mask": sampler(latent=mask),
-        "channels": sampler(latent={"samples": torch.ones(1, 4, 28, 8, 8)}),
+        "channels": sampler(latent={"samples": torch.ones(1, 4, 20, 8, 8)}),
         "image model": refusal(node, "ARVASegmentSampler", identity, positive, negative, latent, **SETTINGS),
         "i2v model": refusal(node, "ARVASegmentSampler", stub(image_model), positive, negative, latent, **SETTINGS),
-        "block": sampler(latent=empty(26)),
+        "block": sampler(latent=empty(22)),
         "segment": sampler(segment=18),
         "overlap": sampler(overlap=16),
         "re-noise": sampler(solver="re-noise"),
