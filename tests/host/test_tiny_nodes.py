@@ -12,6 +12,7 @@ import pytest
 from accel.timeline import Timeline
 from demo.prompt import embed_text
 from tests.host.inprocess import run_in_process
+from tests.host.workflow_library import WAN_DEVIATION, WAN_MEAN
 
 SCRIPT = """
 import importlib, json, os
@@ -21,7 +22,7 @@ from run_in_comfy import pack_module
 package = pack_module().__name__
 data, codecs = (importlib.import_module(f".demo.{name}", package) for name in ("data", "codec"))
 timelines = importlib.import_module(".accel.timeline", package)
-node = nodes.NODE_CLASS_MAPPINGS
+node, wan = nodes.NODE_CLASS_MAPPINGS, comfy.latent_formats.Wan21()
 answer = {}
 
 
@@ -50,7 +51,7 @@ vae = node["ARVATinyCodec"].execute()[0]
 both = vae.encode(clip.movedim(1, -1))
 (decoded_both,) = node["VAEDecode"]().decode(vae, {"samples": both})
 answer["codec"] = {
-    "model space": difference(comfy.latent_formats.Wan21().process_in(encoded["samples"]), true_latents),
+    "model space": difference(wan.process_in(encoded["samples"]), true_latents),
     "round trip": difference(decoded, true_frames),
     "tiled": difference(tiled, decoded),
     "encode tiled": difference(encoded_tiled["samples"], encoded["samples"]),
@@ -88,6 +89,7 @@ answer["timeline"] = {
     "text": saved[0].ui["text"],
     "outputs": list(saved[0].args),
 }
+answer["latent format"] = [wan.process_out(torch.full((1, 16, 1, 1, 1), x)).flatten().tolist() for x in (0.0, 1.0)]
 answer["model folders"] = folder_paths.get_folder_paths("diffusion_models")
 print(json.dumps(answer))
 """
@@ -107,6 +109,12 @@ def test_cores_vae_nodes_decode_what_the_codec_encodes(answer: dict[str, Any]) -
     assert codec["batch"] < 2e-6
     assert codec["range"][0] >= 0 and codec["range"][1] <= 1
     assert codec["psnr"] > 30
+
+
+def test_the_latent_format_is_what_comparisons_with_the_library_assume(answer: dict[str, Any]) -> None:
+    mean, at_one = answer["latent format"]
+    assert mean == pytest.approx(WAN_MEAN, abs=1e-6)
+    assert at_one == pytest.approx([a + b for a, b in zip(WAN_MEAN, WAN_DEVIATION, strict=True)], abs=1e-6)
 
 
 def test_tiles_precision_and_alpha_change_nothing_that_matters(answer: dict[str, Any]) -> None:

@@ -2,8 +2,9 @@
 
     python -m tests.host.workflow_run [--target FOLDER] [--thumbnails] [NAME ...]
 
-prints the report of each and copies its video, timeline (JSON, SVG) and latents to ``FOLDER/NAME`` (default
-``demo/output/host``). ``--thumbnails`` renews the pictures of the workflow templates from the videos.
+prints the report of each, copies its video, timeline (JSON, SVG) and latents to ``FOLDER/NAME`` (default
+``demo/output/host``), and makes the same latents with the library alone: it ends with 1 where the two disagree.
+``--thumbnails`` renews the pictures of the workflow templates from the videos.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import copy
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from demo.model import MODELS, load_model
 from tests.host.comfy import PACK_ROOT, ComfyServer, find_comfy
+from tests.host.workflow_library import host_latents, library_latents
 
 WORKFLOWS = PACK_ROOT / "workflows"
 TARGET = PACK_ROOT / "demo" / "output" / "host"
@@ -27,7 +31,8 @@ NAMES = ("tiny_diffusion_forcing", "tiny_causal")
 SAMPLER, TIMELINE, VIDEO = "ARVASegmentSampler", "ARVATimeline", "SaveVideo"
 LATENT_NODE = "latent"
 RUN_SECONDS = 1800.0
-THUMBNAIL_FRAMES, THUMBNAIL_SIZE, THUMBNAIL_BYTES = 5, 160, 60_000
+AGREEMENT = 1e-3
+THUMBNAIL_ROWS, THUMBNAIL_SIZE, THUMBNAIL_BYTES = 3, 160, 60_000
 
 Graph = dict[str, dict[str, Any]]
 
@@ -133,17 +138,26 @@ def _server(root: Path | None, server: ComfyServer | None) -> Iterator[ComfyServ
             yield own
 
 
+def disagreement(graph: Graph, run: WorkflowRun, models: Path = MODELS) -> float:
+    """Largest difference between the host's latents and those the library makes of the same graph and checkpoint."""
+    (loader,) = nodes_of(graph, "UNETLoader")
+    model = load_model(models / graph[loader]["inputs"]["unet_name"])
+    return float((host_latents(run.latent) - library_latents(graph, model)).abs().max())
+
+
 def thumbnail(video: Path) -> bytes:
-    """A JPEG of frames spread over the video, in a row, of at most ``THUMBNAIL_BYTES``."""
+    """A JPEG of frames spread over the video, row by row in a square, as template cards are."""
     import av
     from PIL import Image
 
     with av.open(str(video)) as container:
         frames = [frame.to_image() for frame in container.decode(video=0)]
-    chosen = [frames[round(i * (len(frames) - 1) / (THUMBNAIL_FRAMES - 1))] for i in range(THUMBNAIL_FRAMES)]
-    sheet = Image.new("RGB", (THUMBNAIL_SIZE * THUMBNAIL_FRAMES, THUMBNAIL_SIZE))
-    for index, frame in enumerate(chosen):
-        sheet.paste(frame.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE)), (index * THUMBNAIL_SIZE, 0))
+    count, size = THUMBNAIL_ROWS**2, THUMBNAIL_SIZE
+    sheet = Image.new("RGB", (size * THUMBNAIL_ROWS, size * THUMBNAIL_ROWS))
+    for index in range(count):
+        row, column = divmod(index, THUMBNAIL_ROWS)
+        frame = frames[round(index * (len(frames) - 1) / (count - 1))]
+        sheet.paste(frame.resize((size, size)), (column * size, row * size))
     for quality in range(90, 20, -10):
         buffer = BytesIO()
         sheet.save(buffer, "JPEG", quality=quality, optimize=True)
@@ -154,18 +168,26 @@ def thumbnail(video: Path) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the shipped workflows on a headless ComfyUI.")
-    parser.add_argument("names", nargs="*", choices=[*NAMES, []], default=[], help="workflows; all by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all by default")
     parser.add_argument("--target", type=Path, default=TARGET, help="folder for what they make")
     parser.add_argument("--thumbnails", action="store_true", help="renew the pictures of the templates")
     options = parser.parse_args()
+    if unknown := sorted(set(options.names) - set(NAMES)):
+        parser.error(f"there is no workflow {unknown[0]!r}; workflows: {', '.join(NAMES)}")
     root = find_comfy()
     if root is None:
         print("ComfyUI workflows not run: no ComfyUI found; set COMFYUI_PATH.")
         return
+    agree = True
     for name, run in run_workflows(root, options.names or NAMES, options.target).items():
-        print(f"{name} in ComfyUI: {run.video}\n{run.report}\n")
+        difference = disagreement(load_graph(name), run)
+        agree &= difference <= AGREEMENT
+        print(f"{name} in ComfyUI: {run.video}\n{run.report}")
+        print(f"Latents of ComfyUI and of the library differ by at most {difference:.1e} (allowed {AGREEMENT:g}).\n")
         if options.thumbnails:
             (WORKFLOWS / f"{name}.jpg").write_bytes(thumbnail(run.video))
+    if not agree:
+        sys.exit("ComfyUI and the library disagree.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""The same run without ComfyUI: reads a workflow's graph and makes its latents with the library alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from accel.engine import Acceleration, SchedulerConfig
+from accel.policy import TriModalConfig
+from accel.sampling import SegmentPlan
+from demo import generate
+from demo.model import TinyWan
+from demo.prompt import embed_text
+
+# Wan 2.1's latent format, in which core keeps the LATENT of a Wan model: LATENT = deviation * model space + mean.
+WAN_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+WAN_DEVIATION = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+def host_latents(path: Path) -> Tensor:
+    """What core's Save Latent wrote, in the model's space."""
+    mean, deviation = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (WAN_MEAN, WAN_DEVIATION))
+    return (load_file(path)["latent_tensor"] - mean) / deviation
+
+
+def library_latents(graph: dict[str, dict[str, Any]], model: TinyWan) -> Tensor:
+    """The latents of a workflow on a tiny model, in the model's space, from its widgets and links alone.
+
+    Args:
+        graph: API format, with one AR Segment Sampler whose mode and solver are not left to the host.
+        model: what the graph's loader would load.
+
+    Raises:
+        ValueError: the graph holds a setting that this reading of it does not know.
+    """
+    (sampler,) = (node["inputs"] for node in graph.values() if node["class_type"] == "ARVASegmentSampler")
+    context, negative = (embed_text(graph[sampler[key][0]]["inputs"]["text"]) for key in ("positive", "negative"))
+    frames = graph[sampler["latent_image"][0]]["inputs"]["frames"]
+    noise = generate.start_noise(sampler["seed"], frames)
+    if negative.any() or sampler["history_noise"] or "sigmas" in sampler:
+        raise ValueError("The library's twin knows an empty negative prompt, no history noise and no sigmas input.")
+    acceleration = _acceleration(graph, sampler["model"][0])
+    settings = {"guidance": sampler["cfg"], "shift": sampler["shift"]}
+    with torch.inference_mode():
+        if sampler["mode"] == "causal blocks":
+            renoise_seed = None if sampler["solver"] == "euler" else sampler["seed"]
+            steps = {"steps": sampler["steps"], "renoise_seed": renoise_seed}
+            return generate.sample_causal(model, context, noise, acceleration, **steps, **settings).latents
+        if sampler["mode"] != "diffusion forcing" or settings.pop("shift") != generate.SHIFT:
+            raise ValueError(f"The library's twin knows mode diffusion forcing with shift {generate.SHIFT:g}.")
+        plan = SegmentPlan(frames, *(sampler[key] for key in ("segment", "overlap", "block", "ar_step", "steps")))
+        solver = sampler["solver"].replace("auto", "euler")
+        return generate.sample(model, context, noise, acceleration, plan, solver=solver, **settings).latents
+
+
+def _acceleration(graph: dict[str, dict[str, Any]], node_id: str) -> Acceleration:
+    """What the nodes between the loader and the sampler describe."""
+    parts: dict[str, Any] = {}
+    while (node := graph[node_id])["class_type"] != "UNETLoader":
+        inputs = node["inputs"]
+        if node["class_type"] == "ARVATriModalScheduler":
+            names = ("cache_below", "predict_below", "decay", "max_skip")
+            thresholds = TriModalConfig(*(inputs[key] for key in names))
+            order = int(inputs["order"]) if inputs["order"].isdigit() else inputs["order"]
+            parts["scheduler"] = SchedulerConfig(thresholds, inputs["signal"], order, warmup=inputs["warmup"])
+        elif node["class_type"] == "ARVAActiveFrameWindow":
+            parts["suffix_window"] = True
+        else:
+            raise ValueError(f"The library's twin does not know the node {node['class_type']}.")
+        node_id = inputs["model"][0]
+    return Acceleration(**parts)
