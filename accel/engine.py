@@ -19,10 +19,8 @@ from .correct import CorrectionConfig, ResidualCorrection
 from .history import VelocityHistory
 from .policy import FixedPolicy, Policy, ThresholdPolicy, TriModalConfig, TriModalPolicy
 from .predict import Guards, hold, predict
-from .signals import SIGNALS, SignalMeter, log_snr_step, resolve_history_signal
+from .signals import HOST_SIGNALS, SIGNALS, SignalMeter, level_step, remember_levels, resolve_history_signal
 from .timeline import Timeline
-
-HOST_SIGNALS = ("log-snr",)
 
 
 class Denoiser(Protocol):
@@ -86,7 +84,7 @@ class SchedulerConfig:
 
     Attributes:
         thresholds: SCOPE's tau_cache, tau_predict, decay and cap, in units of ``signal``.
-        signal: ``log-snr`` (from the noise levels alone, host only), or a key of ``signals.SIGNALS``.
+        signal: a key of ``signals.HOST_SIGNALS`` (from the noise levels alone) or of ``signals.SIGNALS``.
         order: of the prediction: 1, 2 (SCOPE eq. 7), ``newton2`` or ``auto``.
         guards: clipping of predictions.
         warmup: first solver steps of every chunk that are always computed.
@@ -213,7 +211,8 @@ class Run:
         """Increment of every signal since the last call, in one readback, and what the measuring cost."""
         if not self._policies or self._replay is not None:
             return {}, 0
-        measured = {name: log_snr_step(self._levels, call) for _, name in self._policies if name in HOST_SIGNALS}
+        measured = {name: level_step(name, self._levels, call) for _, name in self._policies if name in HOST_SIGNALS}
+        remember_levels(self._levels, call)
         cost, pending = 0, []
         if self._meter is not None:
             features = {}

@@ -8,7 +8,7 @@ segment, so a window that moves or grows is compared on the frames seen before a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -71,25 +71,45 @@ def timestep_discrepancy(now: Tensor, before: Tensor) -> float:
     return float(relative_l1(now, before))
 
 
-def log_snr_step(levels: dict[int, float], call: Call) -> float:
-    """Mean change of ``log((1 - sigma) / sigma)`` over the active frames seen before; host only, no model, no latents.
+def _bounded(sigma: float) -> float:
+    return min(max(sigma, SIGMA_MARGIN), 1.0 - SIGMA_MARGIN) if math.isfinite(sigma) else math.nan
 
-    Noise levels are kept 1e-3 away from 0 and 1, where the logarithm is not finite.
+
+def log_snr(sigma: float) -> float:
+    """``log((1 - sigma) / sigma)``, finite: noise levels are kept 1e-3 away from 0 and 1."""
+    return math.log1p(-_bounded(sigma)) - math.log(_bounded(sigma))
+
+
+def log_signal(sigma: float) -> float:
+    """``log(1 - sigma)``, finite: it moves fast while the first signal rises out of the noise, slowly afterwards."""
+    return math.log1p(-_bounded(sigma))
+
+
+HOST_SIGNALS: Mapping[str, Callable[[float], float]] = MappingProxyType({"log-snr": log_snr, "log-signal": log_signal})
+"""Signals of the noise level alone: known before the first call, without a model, latents or a device read."""
+
+
+def level_step(name: str, levels: dict[int, float], call: Call) -> float:
+    """Mean change of a host signal over the active frames seen before.
 
     Args:
-        levels: noise level of every latent frame of the segment at the last look; updated. Empty at the segment's
-        start.
+        name: key of ``HOST_SIGNALS``.
+        levels: noise level of every latent frame of the segment at the last look (see ``remember_levels``).
         call: the call looked at.
 
     Returns:
         The increment; NaN where no active frame was seen before.
     """
-    changes = []
+    measure, changes = HOST_SIGNALS[name], []
     for frame, (sigma, active) in enumerate(zip(call.sigmas, call.active, strict=True), call.frames[0]):
         if active and frame in levels:
-            changes.append(abs(_log_snr(sigma) - _log_snr(levels[frame])))
-        levels[frame] = sigma
+            changes.append(abs(measure(sigma) - measure(levels[frame])))
     return sum(changes) / len(changes) if changes else math.nan
+
+
+def remember_levels(levels: dict[int, float], call: Call) -> None:
+    """Writes down the noise level of every latent frame of the window for the next look."""
+    levels.update(enumerate(call.sigmas, call.frames[0]))
 
 
 def resolve_history_signal(
@@ -275,8 +295,3 @@ class _Rows:
         if not self._known:
             self._known = [False] * shape[1]
         return self._rows
-
-
-def _log_snr(sigma: float) -> float:
-    bounded = min(max(sigma, SIGMA_MARGIN), 1.0 - SIGMA_MARGIN) if math.isfinite(sigma) else math.nan
-    return math.log1p(-bounded) - math.log(bounded)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -14,11 +12,10 @@ from accel.sampling import SegmentPlan, causal_blocks, diffusion_forcing, next_c
 from accel.schedule import flow_sigmas
 from accel.timeline import Timeline
 
-from .codec import CHANNELS, WEIGHTS
+from .codec import CHANNELS
 from .denoiser import TinyDenoiser
-from .model import TinyWan, load_model
+from .model import MODELS, TinyWan, load_model
 
-MODELS = WEIGHTS / "diffusion_models"
 SHIFT = 3.0
 GUIDANCE = 2.0
 PLAN = SegmentPlan(frames=52, segment=16, overlap=4, block=4, ar_step=5, steps=50)
@@ -39,7 +36,7 @@ def load(kind: str) -> TinyWan:
     """One of the embedded models: ``tiny-df``, ``tiny-next-clip`` or ``tiny-causal``."""
     path = MODELS / f"{kind}.safetensors"
     if not path.exists():
-        known = ", ".join(sorted(file.stem for file in Path(MODELS).glob("*.safetensors"))) or "none"
+        known = ", ".join(sorted(file.stem for file in MODELS.glob("*.safetensors"))) or "none"
         raise ValueError(f"demo: there is no model {kind!r}; embedded models: {known}.")
     return load_model(path)
 

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+MODELS = Path(__file__).with_name("weights") / "diffusion_models"
 FREQ_DIM = 256
 PATCH = 2
 ROPE_THETA = 10000.0

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from .codec import WEIGHTS, TinyCodec
 from .data import render, simulate
-from .model import TinyConfig, TinyWan, load_model, save_model
+from .model import MODELS, TinyConfig, TinyWan, load_model, save_model
 from .prompt import embed_scenes
 
 STATE = Path(__file__).with_name("training")
 SHIFT = 3.0
-TOKENS = 4096  # tokens of one step: clips times frames times 16
+TOKENS = 2048  # tokens of one step: clips times frames times 16
 CUTS = ((16,), (16,), (16,), (16,), (4, 12), (8, 8), (12, 4), (4, 4, 8))  # a 16-frame clip is also shown as shorter ones
 
 
@@ -148,13 +148,13 @@ def teacher_mask(frames: int, tokens: int, block: int) -> Tensor:
 
 
 def train(kind: str, steps: int, seed: int, rate: float, compiled: bool) -> None:
-    """Runs or resumes one training and writes ``demo/weights/<kind>.safetensors`` and its loss curve."""
+    """Runs or resumes one training and writes ``demo/weights/diffusion_models/<kind>.safetensors`` and its loss curve."""
     STATE.mkdir(exist_ok=True)
     torch.manual_seed(seed)
     config = replace(TinyConfig(), kind=kind, causal_ar=kind == "tiny-causal")
     model = TinyWan(config)
     if kind != "tiny-df":
-        model.load_state_dict(load_model(WEIGHTS / "tiny-df.safetensors").state_dict())
+        model.load_state_dict(load_model(MODELS / "tiny-df.safetensors").state_dict())
     objective = Objective(kind, TinyCodec.load())
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
     chosen = {id(p) for p in matrices}
@@ -178,7 +178,8 @@ def train(kind: str, steps: int, seed: int, rate: float, compiled: bool) -> None
         torch.save({"model": model.state_dict(), "average": average, "step": step, "curve": curve, "optimisers": state}, path)
         averaged = TinyWan(config)
         averaged.load_state_dict(average)
-        save_model(averaged, WEIGHTS / f"{kind}.safetensors", notes={"steps": str(step), "seed": str(seed)})
+        MODELS.mkdir(parents=True, exist_ok=True)
+        save_model(averaged, MODELS / f"{kind}.safetensors", notes={"steps": str(step), "seed": str(seed)})
         (WEIGHTS / f"{kind}.loss.json").write_text(json.dumps({"steps": steps, "seed": seed, "curve": curve}))
 
     for step in range(first, steps):

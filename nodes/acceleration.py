@@ -14,9 +14,9 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..accel.correct import SOURCES, CorrectionConfig
-from ..accel.engine import HOST_SIGNALS, Acceleration, HistoryGuidedConfig, SchedulerConfig
+from ..accel.engine import Acceleration, HistoryGuidedConfig, SchedulerConfig
 from ..accel.policy import TriModalConfig
-from ..accel.signals import HISTORY_CHOICES, SIGNALS
+from ..accel.signals import HISTORY_CHOICES, HOST_SIGNALS, SIGNALS
 
 CATEGORY = "AR Video"
 OPTION = "arva_acceleration"

@@ -14,8 +14,9 @@ from accel.call import Call, Kind
 from accel.signals import (
     SIGNALS,
     SignalMeter,
-    log_snr_step,
+    level_step,
     relative_l1,
+    remember_levels,
     resolve_history_signal,
     timestep_discrepancy,
 )
@@ -193,15 +194,27 @@ def test_nothing_is_read_back_from_the_device() -> None:
         assert meter.measure(features, call(window)).shape == (3,)
 
 
-def test_log_snr_steps_are_averaged_over_active_frames_seen_before() -> None:
+def look(levels: dict[int, float], name: str, at: Call) -> float:
+    found = level_step(name, levels, at)
+    remember_levels(levels, at)
+    return found
+
+
+def test_level_steps_are_averaged_over_active_frames_seen_before() -> None:
     levels: dict[int, float] = {}
-    assert math.isnan(log_snr_step(levels, call((0, 2), sigmas=[0.8, 0.9])))
-    found = log_snr_step(levels, call((0, 3), [True, False, True], [0.5, 0.6, 1.0]))
+    assert math.isnan(look(levels, "log-snr", call((0, 2), sigmas=[0.8, 0.9])))
+    found = look(levels, "log-snr", call((0, 3), [True, False, True], [0.5, 0.6, 1.0]))
     assert found == pytest.approx(math.log(0.8 / 0.2))
     assert levels == {0: 0.5, 1: 0.6, 2: 1.0}
-    assert log_snr_step(levels, call((1, 3), sigmas=[0.6, 1.0])) == 0.0
-    assert math.isfinite(log_snr_step(levels, call((1, 3), sigmas=[0.6, 0.0])))
-    assert math.isnan(log_snr_step(levels, call((1, 3), sigmas=[math.nan, 0.5])))
+    assert look(levels, "log-snr", call((1, 3), sigmas=[0.6, 1.0])) == 0.0
+    assert math.isfinite(look(levels, "log-snr", call((1, 3), sigmas=[0.6, 0.0])))
+    assert math.isnan(look(levels, "log-snr", call((1, 3), sigmas=[math.nan, 0.5])))
+
+
+def test_the_log_signal_moves_while_the_picture_rises_out_of_the_noise() -> None:
+    levels = {0: 0.99}
+    assert look(levels, "log-signal", call((0, 1), sigmas=[0.98])) == pytest.approx(math.log(2))
+    assert look({0: 0.02}, "log-signal", call((0, 1), sigmas=[0.01])) == pytest.approx(math.log(0.99 / 0.98))
 
 
 def test_the_history_signal_is_the_first_that_can_tell_calls_apart() -> None:

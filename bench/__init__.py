@@ -1,0 +1,1 @@
+"""Speed, memory and quality, side by side in one run."""

@@ -1,0 +1,127 @@
+"""``python -m bench``: the accelerated runs of ``tiny-df`` against fewer steps at every budget.
+
+Writes ``bench/results/quality.json``: ``{"rows": [...]}``, one row a method and seed, and prints the means with a 95 %
+bootstrap interval over seeds. FLOPs are counted (``accel.flops.CONVENTION``); seconds are process time on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from accel.engine import Acceleration
+from accel.metrics import drift, psnr, psnr_per_segment, relative_l2, ssim
+from accel.presets import BALANCED, FAST, HISTORY_GUIDED
+from demo.codec import TinyCodec
+from demo.data import simulate
+from demo.generate import PLAN, Result, fewer_steps, load, sample, start_noise
+from demo.prompt import embed_scenes
+
+RESULTS = Path(__file__).with_name("results")
+BUDGETS = (2.0, 2.5, 3.0, 4.0, 4.5)
+PROMPTS = 4242
+
+
+def bounds() -> list[tuple[int, int]]:
+    """New latent frames of each segment."""
+    return [(start + prefix, end) for start, end, prefix in PLAN.intervals()]
+
+
+def row(codec: TinyCodec, method: str, ours: bool, budget: float | None, seed: int, full: Result, run: Result) -> dict:
+    """One row of the table; keys as in the README."""
+    reference, video = codec.decode(full.latents), codec.decode(run.latents)
+    whole, totals = full.timeline.totals(), run.timeline.totals()
+    ratio = whole["flops"] / totals["flops"]
+    same = run is full
+    return {
+        "model": "tiny-df",
+        "method": method,
+        "ours": ours,
+        "budget": budget,
+        "seed": seed,
+        "calls": totals["calls"],
+        "flops": totals["flops"],
+        "flop_ratio": ratio,
+        "seconds": run.seconds,
+        "realised": full.seconds / run.seconds / ratio,
+        "psnr": None if same else psnr(reference, video),
+        "ssim": 1.0 if same else ssim(reference, video),
+        "latent_rel_l2": 0.0 if same else relative_l2(full.latents, run.latents),
+        "drift_db_per_segment": None if same else drift(psnr_per_segment(reference, video, bounds())),
+        "state_bytes": totals.get("state_bytes", 0),
+    }
+
+
+def measure(seeds: list[int], methods: dict[str, Acceleration]) -> list[dict]:
+    """Rows of all methods and budgets, seed by seed (each seed with a prompt of its own)."""
+    model, codec = load("tiny-df"), TinyCodec.load()
+    prompts = embed_scenes(simulate(PROMPTS, max(seeds) + 1, 1))
+    rows = []
+    for seed in seeds:
+        context, noise = prompts[seed : seed + 1], start_noise(seed, PLAN.frames)
+        full = sample(model, context, noise)
+        rows.append(row(codec, "full", False, None, seed, full, full))
+        for name, acceleration in methods.items():
+            rows.append(row(codec, name, True, None, seed, full, sample(model, context, noise, acceleration)))
+        one = full.timeline.totals()["flops"] // PLAN.calls()
+        for budget in BUDGETS:
+            plan = fewer_steps(PLAN, int(full.timeline.totals()["flops"] / budget), one)
+            run = sample(model, context, noise, plan=plan)
+            rows.append(row(codec, "fewer-steps", False, budget, seed, full, run))
+        print(f"seed {seed} done", flush=True)
+    return rows
+
+
+def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean."""
+    dice = random.Random(0)
+    means = sorted(fmean(dice.choices(values, k=len(values))) for _ in range(draws))
+    return means[int(0.025 * draws)], means[int(0.975 * draws) - 1]
+
+
+def table(rows: list[dict]) -> str:
+    """Means over seeds as a Markdown table."""
+    lines = ["| method | FLOPs | realised | PSNR (95 %) | SSIM | latent error | drift dB/segment |", "|-|-|-|-|-|-|-|"]
+    groups: dict[tuple, list[dict]] = {}
+    for entry in rows:
+        groups.setdefault((entry["method"], entry["budget"]), []).append(entry)
+    for (method, _), group in sorted(groups.items(), key=lambda item: item[1][0]["flop_ratio"]):
+        if group[0]["psnr"] is None:
+            continue
+        values = [entry["psnr"] for entry in group]
+        low, high = interval(values)
+        means = {
+            key: fmean(entry[key] for entry in group)
+            for key in ("flop_ratio", "realised", "ssim", "latent_rel_l2", "drift_db_per_segment")
+        }
+        lines.append(
+            f"| {method} | {means['flop_ratio']:.2f}x | {means['realised']:.2f} | {fmean(values):.2f} ({low:.2f} to "
+            f"{high:.2f}) | {means['ssim']:.3f} | {means['latent_rel_l2']:.3f} | {means['drift_db_per_segment']:+.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    methods = {"balanced": BALANCED, "fast": FAST, "history-guided": HISTORY_GUIDED}
+    methods |= {f"{name}, suffix window": replace(methods[name], suffix_window=True) for name in ("balanced", "fast")}
+    rows = measure(list(range(1, arguments.seeds + 1)), methods)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "quality.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    text = table(rows)
+    (arguments.output / "quality.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
