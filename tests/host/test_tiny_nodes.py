@@ -11,11 +11,13 @@ import pytest
 
 from accel.timeline import Timeline
 from demo.prompt import embed_text
+from tests.host.comfy import PACK_ROOT
 from tests.host.inprocess import run_in_process
 from tests.host.workflow_library import WAN_DEVIATION, WAN_MEAN
 
+MINE = ("ARVATinyPrompt", "ARVATinyLatent", "ARVATinyCodec", "ARVATimeline")
 SCRIPT = """
-import importlib, json, os
+import importlib, json, os, sys
 import comfy.latent_formats, folder_paths, nodes, torch
 from run_in_comfy import pack_module
 
@@ -90,6 +92,9 @@ answer["timeline"] = {
     "outputs": list(saved[0].args),
 }
 answer["latent format"] = [wan.process_out(torch.full((1, 16, 1, 1, 1), x)).flatten().tolist() for x in (0.0, 1.0)]
+schemas = [node[name].GET_SCHEMA() for name in sys.argv[1:]]
+sockets = [(one.node_id, io) for one in schemas for io in one.inputs + one.outputs]
+answer["without tooltip"] = [f"{name}.{io.id}" for name, io in sockets if not io.tooltip]
 answer["model folders"] = folder_paths.get_folder_paths("diffusion_models")
 print(json.dumps(answer))
 """
@@ -99,7 +104,7 @@ print(json.dumps(answer))
 def answer(comfy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     script = tmp_path_factory.mktemp("script") / "tiny_nodes.py"
     script.write_text(SCRIPT)
-    return run_in_process(script, root=comfy_root, core_nodes=[])
+    return run_in_process(script, *MINE, root=comfy_root, core_nodes=[])
 
 
 def test_cores_vae_nodes_decode_what_the_codec_encodes(answer: dict[str, Any]) -> None:
@@ -157,6 +162,12 @@ def test_a_timeline_is_saved_numbered_listed_and_shown(answer: dict[str, Any]) -
     again = Timeline.from_json(told["saved"])
     assert again.totals()["calls"] == {"recompute": 2, "predict": 0, "cache": 2, "commit": 0}
     assert again.summary() == report
+
+
+def test_every_socket_has_a_tooltip_and_every_node_its_help_page(answer: dict[str, Any]) -> None:
+    assert answer["without tooltip"] == []
+    for node in MINE:
+        assert (PACK_ROOT / "web" / "docs" / node / "en.md").read_text().startswith("# ")
 
 
 def test_the_tiny_models_folder_is_one_of_cores(answer: dict[str, Any]) -> None:
