@@ -232,8 +232,8 @@ def graph(model: str, frames: int = FRAMES, **changes: Any) -> dict[str, Any]:
     """Prompt, latent, two acceleration nodes, sampler, and what is saved."""
     sampler = {
         "model": ["6", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0], "seed": 7,
-        "steps": STEPS, "cfg": 2.0, "mode": "auto", "segment": 16, "overlap": 4, "block": 4, "ar_step": 2, "solver": "auto",
-        "shift": 3.0, "history_noise": 0.0,
+        "steps": STEPS, "cfg": 2.0, "mode": "auto", "segment": 16, "overlap": 4, "block": 4, "ar_step": 2,
+        "solver": "auto", "shift": 3.0, "history_noise": 0.0,
     }  # fmt: skip
     latent = {"frames": frames, "width": 64, "height": 64, "batch_size": 1}
     scheduler = {
