@@ -105,8 +105,8 @@ class ARVATriModalScheduler(io.ComfyNode):
                                round=0.0001, tooltip="Predict the velocity while the accumulated change is below this, "
                                "compute it from there on; higher is faster and less exact, 0 computes every step."),
                 io.Combo.Input("signal", options=[*HOST_SIGNALS, *SIGNALS], default=SCHEDULED.signal, advanced=True,
-                               tooltip="What is measured; the two thresholds are in its units. log-snr needs the noise "
-                               "levels alone and costs nothing."),
+                               tooltip="What is measured; the two thresholds are in its units. log-snr and log-signal "
+                               "need the noise levels alone and cost nothing."),
                 io.Combo.Input("order", options=list(ORDERS), default=str(SCHEDULED.order), advanced=True,
                                tooltip="Of the prediction: a line through the last two velocities (1), the quadratic "
                                "of SCOPE (2) or of Newton (newton2), or whichever the history allows (auto)."),
