@@ -15,6 +15,7 @@ $(STAMP): requirements.txt requirements-dev.txt
 
 demo: venv
 	$(BIN)/python -m demo
+	$(BIN)/python -m tests.host.workflow_run
 
 test: venv
 	$(BIN)/python -m pytest -q

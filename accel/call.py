@@ -1,7 +1,7 @@
 """What a model call is.
 
-Every model call carries its own description, so no part of the pack counts steps: a commit pass, a prefill, an idle row or
-a second sampler can never shift anybody's counter.
+Every model call carries its own description, so no part of the pack counts steps: a commit pass, a prefill, an idle
+row or a second sampler can never shift anybody's counter.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Call:
         segment: index of the outer autoregressive step, from 0.
         iteration: row of the step matrix inside the segment, from 0.
         frames: window ``[start, end)`` given to the model, in latent frames of the segment.
-        sigmas: noise level in [0, 1] of each latent frame of the window; equal for all batch entries, known on the host.
+        sigmas: noise level in [0, 1] of each latent frame of the window; equal for all batch entries, known on the
+            host.
         steps: progress index of each latent frame of the window (0 not started, 1..N about to take that solver step,
             N + 1 clean).
         active: which latent frames of the window take a solver step after this call.
@@ -80,7 +81,8 @@ class Call:
 
     @property
     def active_frames(self) -> tuple[int, int]:
-        """Tightest interval ``[start, end)`` of active latent frames of the segment; empty at the window's start if none."""
+        """Tightest interval ``[start, end)`` of active latent frames of the segment; empty at the window's start if
+        none."""
         hits = [index for index, flag in enumerate(self.active) if flag]
         if not hits:
             return self.frames[0], self.frames[0]

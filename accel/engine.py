@@ -1,7 +1,8 @@
 """One run: signal -> policy -> hold, predict or forward -> correct -> record, for one guided model call at a time.
 
-What is skipped is skipped outside the model, in velocity space (in x0 space where the sampler re-noises). The engine never
-counts steps: everything it needs is in the ``Call``. A ``Run`` is made when sampling starts and dropped when it ends.
+What is skipped is skipped outside the model, in velocity space (in x0 space where the sampler re-noises). The engine
+never counts steps: everything it needs is in the ``Call``. A ``Run`` is made when sampling starts and dropped when it
+ends.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class HistoryGuidedConfig:
         ThresholdPolicy(self.delta, self.max_skip)
         if self.signal not in ("auto", "mod", "block0", "current"):
             raise ValueError(
-                f"History-Guided Cache: signal is {self.signal!r}; use auto, mod, block0 or current (auto picks by model)."
+                f"History-Guided Cache: signal is {self.signal!r}; use auto, mod, block0 or current "
+                "(auto picks by model)."
             )
         _check_warmup("History-Guided Cache", self.warmup)
 
@@ -110,10 +112,11 @@ class Acceleration:
     """Everything the acceleration nodes describe; all None computes every call of the full window.
 
     Attributes:
-        history_guided: History-Guided Cache. scheduler: Tri-Modal Scheduler. With both, a call is skipped only where both
-            agree, and the scheduler says how.
+        history_guided: History-Guided Cache. scheduler: Tri-Modal Scheduler. With both, a call is skipped only where
+            both agree, and the scheduler says how.
         correction: Residual Correction, replaces the held velocity on CACHE.
-        suffix_window: Active Frame Window: latent frames that have not started are left out of the forward (SCOPE eq. 8-9).
+        suffix_window: Active Frame Window: latent frames that have not started are left out of the forward (SCOPE eq.
+            8-9).
         replay: decisions to take instead of any policy, one list for the whole run.
         compute_last: whether the last call of a segment is always computed.
     """
@@ -136,7 +139,8 @@ class Acceleration:
 
 
 class Run:
-    """State of one sampling run. ``begin_segment`` before the first call of each segment, then ``step`` for every call."""
+    """State of one sampling run. ``begin_segment`` before the first call of each segment, then ``step`` for every
+    call."""
 
     def __init__(self, acceleration: Acceleration, denoiser: Denoiser, timeline: Timeline) -> None:
         self.acceleration, self.denoiser, self.timeline = acceleration, denoiser, timeline

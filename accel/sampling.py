@@ -28,8 +28,8 @@ class SegmentPlan:
 
     Attributes:
         frames: latent frames of the whole video. segment: of one segment. overlap: clean latent frames a segment takes
-            over from the video so far. block: latent frames denoised together. ar_step: rows between neighbouring blocks,
-            0 synchronous. steps: solver steps of a latent frame.
+            over from the video so far. block: latent frames denoised together. ar_step: rows between neighbouring
+            blocks, 0 synchronous. steps: solver steps of a latent frame.
 
     Raises:
         ValueError: naming the value and what fits.
@@ -45,7 +45,8 @@ class SegmentPlan:
     def __post_init__(self) -> None:
         if min(self.frames, self.segment, self.block, self.steps) < 1 or min(self.overlap, self.ar_step) < 0:
             raise ValueError(
-                f"Segment plan: frames {self.frames}, segment {self.segment}, block {self.block} and steps {self.steps} must "
+                f"Segment plan: frames {self.frames}, segment {self.segment}, block {self.block} and steps "
+                f"{self.steps} must "
                 f"be 1 or more, overlap {self.overlap} and ar_step {self.ar_step} 0 or more."
             )
         for name, value in (("segment", self.segment), ("overlap", self.overlap)):
@@ -56,18 +57,21 @@ class SegmentPlan:
                 )
         if self.overlap >= self.segment:
             raise ValueError(
-                f"Segment plan: overlap {self.overlap} leaves nothing new in a segment of {self.segment} latent frames; "
+                f"Segment plan: overlap {self.overlap} leaves nothing new in a segment of {self.segment} latent "
+                "frames; "
                 f"use an overlap of at most {self.segment - self.block}."
             )
         tail = self.frames % self.block
         if tail:
             raise ValueError(
-                f"Segment plan: {self.frames} latent frames leave {tail} over after blocks of {self.block}, which would "
+                f"Segment plan: {self.frames} latent frames leave {tail} over after blocks of {self.block}, "
+                "which would "
                 f"never be denoised; use {self.frames - tail} or {self.frames - tail + self.block}."
             )
 
     def intervals(self) -> list[tuple[int, int, int]]:
-        """``(start, end, prefix)`` of each segment in latent frames of the whole video; ``prefix`` of them are clean."""
+        """``(start, end, prefix)`` of each segment in latent frames of the whole video; ``prefix`` of them are
+        clean."""
         segments = [(0, min(self.segment, self.frames), 0)]
         while segments[-1][1] < self.frames:
             start = segments[-1][1] - self.overlap
@@ -77,7 +81,8 @@ class SegmentPlan:
     def matrices(self) -> list[StepMatrix]:
         """Step matrix of each segment."""
         return [
-            step_matrix(end - start, self.steps, self.ar_step, self.block, prefix) for start, end, prefix in self.intervals()
+            step_matrix(end - start, self.steps, self.ar_step, self.block, prefix)
+            for start, end, prefix in self.intervals()
         ]
 
     def calls(self) -> int:
@@ -87,7 +92,8 @@ class SegmentPlan:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A finished piece: ``latents`` ``[B, C, T, H, W]`` of latent frames ``[start, end)`` of the video, new ones only."""
+    """A finished piece: ``latents`` ``[B, C, T, H, W]`` of latent frames ``[start, end)`` of the video, new ones
+    only."""
 
     index: int
     start: int
@@ -112,8 +118,8 @@ def diffusion_forcing(
         noise: ``[B, C, frames, H, W]`` start noise of the whole video; every new latent frame starts from its own part.
         table: ``plan.steps + 1`` noise levels.
         solver: ``euler`` or ``unipc``.
-        history_noise: noise level the model is told for history latent frames, which are noised as much for the model only
-            (SkyReels' ``addnoise_condition`` / 1000; private generator), in [0, 1).
+        history_noise: noise level the model is told for history latent frames, which are noised as much for the model
+            only (SkyReels' ``addnoise_condition`` / 1000; private generator), in [0, 1).
         prefix: ``[B, C, T0, H, W]`` clean latents that the first segment continues (T0 a multiple of the block).
         progress: called after every call with the call and the segment's latents.
 
@@ -122,7 +128,8 @@ def diffusion_forcing(
     """
     if noise.ndim != 5 or noise.shape[2] != plan.frames:
         raise ValueError(
-            f"Diffusion forcing: noise must be [batch, channels, {plan.frames}, height, width], got {tuple(noise.shape)}."
+            f"Diffusion forcing: noise must be [batch, channels, {plan.frames}, height, width], got "
+            f"{tuple(noise.shape)}."
         )
     if solver not in ("euler", "unipc"):
         raise ValueError(f"Diffusion forcing: solver is {solver!r}; use euler or unipc.")
@@ -135,12 +142,16 @@ def diffusion_forcing(
         video[:, :, :given] = prefix
     for index, (start, end, overlap) in enumerate(plan.intervals()):
         clean = given if index == 0 else overlap
-        latents = _denoise_segment(run, index, start, clean, video[:, :, start:end], plan, levels, solver, history_noise, progress)
+        latents = _denoise_segment(
+            run, index, start, clean, video[:, :, start:end], plan, levels, solver, history_noise, progress
+        )
         video[:, :, start + clean : end] = latents[:, :, clean:]
         yield Segment(index, start + clean, end, latents[:, :, clean:])
 
 
-def next_clip(run: Run, noise: Tensor, plan: SegmentPlan, table: Tensor | Sequence[float], **options) -> Iterator[Segment]:
+def next_clip(
+    run: Run, noise: Tensor, plan: SegmentPlan, table: Tensor | Sequence[float], **options
+) -> Iterator[Segment]:
     """Next-clip continuation (FramePack): synchronous segments after ``plan.overlap`` history latent frames.
 
     The denoiser tells the model one time for all tokens (``Denoiser.shares_time``). Arguments as ``diffusion_forcing``.
@@ -177,7 +188,8 @@ def causal_blocks(
     """
     if noise.ndim != 5 or block < 1:
         raise ValueError(
-            f"Causal blocks: needs noise [batch, channels, frames, height, width] and a block of 1 or more latent frames, "
+            f"Causal blocks: needs noise [batch, channels, frames, height, width] and a block of 1 or more "
+            "latent frames, "
             f"got {tuple(noise.shape)} and {block}."
         )
     levels = noise_table(table)
@@ -235,8 +247,8 @@ def _denoise_block(run, index, offset, x, levels, renoise_seed, progress) -> Ten
     sigmas = levels.tolist()
     for step in range(1, steps + 1):
         call = Call(
-            Kind.DENOISE, index, step - 1, (0, frames), (sigmas[step - 1],) * frames, (step,) * frames, (True,) * frames,
-            offset, family, steps,
+            Kind.DENOISE, index, step - 1, (0, frames), (sigmas[step - 1],) * frames, (step,) * frames,
+            (True,) * frames, offset, family, steps,
         )  # fmt: skip
         velocity, _ = run.step(call, x)
         if renoise_seed is None:

@@ -1,6 +1,7 @@
 """The demo: the tiny models make a video in full, accelerated and with fewer steps; what it cost and how close it is.
 
-``python -m demo`` writes ``demo/output/``: videos, contact sheets, ``timeline.json``, ``timeline.svg`` and ``report.json``.
+``python -m demo`` writes ``demo/output/``: videos, contact sheets, ``timeline.json``, ``timeline.svg`` and
+``report.json``.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Report:
         calls = totals["calls"]
         quality = "reference" if full else f"{run['psnr']:6.2f} dB, SSIM {run['ssim']:.4f}"
         print(
-            f"{model:15} {method:16} recompute {calls['recompute']:4} predict {calls['predict']:4} cache {calls['cache']:4} "
+            f"{model:15} {method:16} recompute {calls['recompute']:4} predict {calls['predict']:4} cache "
+            f"{calls['cache']:4} "
             f"commit {calls['commit']:3} | {totals['flops'] / 1e12:6.3f} TFLOP, {run['flop_ratio']:5.2f}x fewer | "
             f"{run['seconds']:6.1f} s, {against.seconds / result.seconds:5.2f}x faster | {quality}",
             flush=True,
@@ -70,7 +72,9 @@ class Report:
         """Contact sheets (one row a run, in the order printed) and ``report.json``."""
         for model, videos in self.sheets.items():
             contact_sheet(torch.stack(videos), self.output / f"{model}.png", columns=14, scale=2)
-        (self.output / "report.json").write_text(json.dumps({"convention": CONVENTION, "runs": self.runs}, indent=1) + "\n")
+        (self.output / "report.json").write_text(
+            json.dumps({"convention": CONVENTION, "runs": self.runs}, indent=1) + "\n"
+        )
         print(f"FLOPs: {CONVENTION}.")
 
 

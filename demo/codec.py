@@ -51,7 +51,8 @@ class TinyCodec:
         """Latents ``[B, 16, T, H/8, W/8]`` of ``frames`` ``[B, 3, T, H, W]`` in [0, 1]; H and W must divide by 8."""
         if frames.ndim != 5 or frames.shape[1] != 3 or frames.shape[-1] % PATCH or frames.shape[-2] % PATCH:
             raise ValueError(
-                f"Tiny AR Codec: frames must be [batch, 3, frames, height, width] with height and width divisible by {PATCH}, "
+                f"Tiny AR Codec: frames must be [batch, 3, frames, height, width] with height and width "
+                f"divisible by {PATCH}, "
                 f"got {tuple(frames.shape)}."
             )
         latents = (_patches(frames) - self.mean) @ self.basis / self.scale
@@ -61,7 +62,8 @@ class TinyCodec:
         """Frames ``[B, 3, T, H, W]`` in [0, 1] of ``latents`` ``[B, 16, T, H/8, W/8]``."""
         if latents.ndim != 5 or latents.shape[1] != CHANNELS:
             raise ValueError(
-                f"Tiny AR Codec: latents must be [batch, {CHANNELS}, frames, height, width], got {tuple(latents.shape)}."
+                f"Tiny AR Codec: latents must be [batch, {CHANNELS}, frames, height, width], got "
+                f"{tuple(latents.shape)}."
             )
         patches = (rearrange(latents.float(), "b c t h w -> b t h w c") * self.scale) @ self.basis.T + self.mean
         frames = rearrange(patches, "b t h w (c p q) -> b c t (h p) (w q)", c=3, p=PATCH, q=PATCH)

@@ -1,7 +1,7 @@
 """Seeded synthetic clips: coloured shapes that move, bounce, fall and hide each other on a textured background.
 
-Everything is drawn on the fly from a seed, 64x64 RGB, in one vectorised pass over ``[clips, frames]``. A scene is simulated
-first (so that a continuation can be compared with what physics would have done) and rendered after.
+Everything is drawn on the fly from a seed, 64x64 RGB, in one vectorised pass over ``[clips, frames]``. A scene is
+simulated first (so that a continuation can be compared with what physics would have done) and rendered after.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ SIZE = 64
 KINDS = ("disc", "square", "diamond")
 COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
 RGB = torch.tensor(
-    [[0.90, 0.15, 0.15], [0.15, 0.75, 0.20], [0.20, 0.30, 0.95], [0.95, 0.85, 0.15], [0.90, 0.25, 0.85], [0.15, 0.85, 0.90]]
+    [
+        [0.90, 0.15, 0.15],
+        [0.15, 0.75, 0.20],
+        [0.20, 0.30, 0.95],
+        [0.95, 0.85, 0.15],
+        [0.90, 0.25, 0.85],
+        [0.15, 0.85, 0.90],
+    ]
 )
 MAX_OBJECTS = 3
 EDGE = 3.5  # width in pixels of a shape's anti-aliased edge
@@ -94,7 +101,8 @@ def _background(generator: torch.Generator, pan: Tensor, frames: int) -> tuple[T
 
 
 def simulate(seed: int, clips: int, frames: int, cuts: float = 0.05) -> Scenes:
-    """Scenes of ``frames`` frames; ``cuts`` is the share of clips with one scene cut (same shapes, all else drawn anew)."""
+    """Scenes of ``frames`` frames; ``cuts`` is the share of clips with one scene cut (same shapes, all else drawn
+    anew)."""
     generator = torch.Generator().manual_seed(seed)
     kind = torch.randint(len(KINDS), (clips, MAX_OBJECTS), generator=generator)
     colour = torch.rand((clips, len(COLOURS)), generator=generator).argsort(1)[:, :MAX_OBJECTS]
@@ -139,7 +147,9 @@ def render(scenes: Scenes) -> Tensor:
     """Frames ``[B, 3, T, 64, 64]`` in [0, 1]; later shapes hide earlier ones."""
     axis = torch.arange(SIZE) + 0.5
     kx, ky, phase, amplitude = scenes.wave.unbind(-1)
-    angle = kx[..., None, None] * axis[None, None, None, None, :] + ky[..., None, None] * axis[None, None, None, :, None]
+    angle = (
+        kx[..., None, None] * axis[None, None, None, None, :] + ky[..., None, None] * axis[None, None, None, :, None]
+    )
     texture = ((angle + phase[..., None, None]).sin() * amplitude[..., None, None]).sum(2)
     frame = scenes.base.permute(0, 2, 1)[..., None, None] + texture[:, None]
     cover = masks(scenes)
@@ -151,7 +161,8 @@ def render(scenes: Scenes) -> Tensor:
 
 
 def visible_labels(scenes: Scenes) -> tuple[Tensor, Tensor]:
-    """What is seen at each pixel: ``(kind, colour)``, both ``[B, T, 64, 64]`` int64, 0 background, 1 + index elsewhere."""
+    """What is seen at each pixel: ``(kind, colour)``, both ``[B, T, 64, 64]`` int64, 0 background, 1 + index
+    elsewhere."""
     cover = masks(scenes) > 0.5
     kind = torch.zeros(cover.shape[:2] + cover.shape[3:], dtype=torch.int64)
     colour = torch.zeros_like(kind)

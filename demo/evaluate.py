@@ -1,7 +1,8 @@
-"""How good the tiny models are: ``python -m demo.evaluate [MODEL ...] [--clips N]`` writes ``demo/weights/quality.json``.
+"""How good the tiny models are: ``python -m demo.evaluate [MODEL ...] [--clips N]`` writes
+``demo/weights/quality.json``.
 
-Two questions. Asked for shapes in a prompt, does the model show them, still in segment 8, each as one thing that moves as
-things move in the data? Given the start of a real clip, does it continue it as the simulation does?
+Two questions. Asked for shapes in a prompt, does the model show them, still in segment 8, each as one thing that moves
+as things move in the data? Given the start of a real clip, does it continue it as the simulation does?
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -90,7 +91,9 @@ def sample_causal(
     """Block-causal rollout with a K/V store; ``renoise_seed`` samples as core's ``ar_video`` does."""
     frames = noise.shape[2]
     denoiser = TinyDenoiser(model, context, guidance, rollout=frames).sized(noise)
-    timeline = Timeline(row_unit="chunk", frames_per_row=model.config.block, title=f"{model.config.kind}, {steps} steps")
+    timeline = Timeline(
+        row_unit="chunk", frames_per_row=model.config.block, title=f"{model.config.kind}, {steps} steps"
+    )
     timeline.rows = -(-frames // model.config.block)
     run = Run(acceleration or Acceleration(), denoiser, timeline)
     started = time.process_time()

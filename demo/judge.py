@@ -1,8 +1,8 @@
 """The judge: reads shapes off frames, so that generated videos can be scored without a reference.
 
 Pixels are assigned to the nearest shape colour; a small classifier, trained on codec round trips of the same synthetic
-clips, tells the kind of shape from the outline. What is in a frame, where it is and whether it keeps being one thing all
-follow.
+clips, tells the kind of shape from the outline. What is in a frame, where it is and whether it keeps being one thing
+all follow.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Judge(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(1, 12, 3, 2, 1), nn.SiLU(), nn.Conv2d(12, 24, 3, 2, 1), nn.SiLU(), nn.Flatten(), nn.Linear(24 * 49, 48),
-            nn.SiLU(), nn.Linear(48, len(KINDS)),
+            nn.Conv2d(1, 12, 3, 2, 1), nn.SiLU(), nn.Conv2d(12, 24, 3, 2, 1), nn.SiLU(), nn.Flatten(),
+            nn.Linear(24 * 49, 48), nn.SiLU(), nn.Linear(48, len(KINDS)),
         )  # fmt: skip
 
     def forward(self, outlines: Tensor) -> Tensor:
@@ -43,8 +43,8 @@ class Reading:
     """What the judge sees in videos ``[B, 3, T, 64, 64]``, for each of the six colours.
 
     Attributes:
-        area: ``[B, T, 6]`` pixels. kind: ``[B, T, 6]`` index into ``KINDS``. centre: ``[B, T, 6, 2]`` (x, y) pixels, NaN
-        where the colour is absent. spread: ``[B, T, 6]`` root mean square distance from the centre in pixels.
+        area: ``[B, T, 6]`` pixels. kind: ``[B, T, 6]`` index into ``KINDS``. centre: ``[B, T, 6, 2]`` (x, y) pixels,
+        NaN where the colour is absent. spread: ``[B, T, 6]`` root mean square distance from the centre in pixels.
     """
 
     area: Tensor

@@ -1,7 +1,7 @@
 """The tiny transformer: Wan 2.1's layout (same key names, shapes and formulas), small enough to train on a CPU.
 
-ComfyUI's ``WanModel`` and ``CausalWanModel`` load the very same file; the metadata entry ``config`` tells them what shapes
-cannot (``num_heads``, ``text_dim``, ``causal_ar``).
+ComfyUI's ``WanModel`` and ``CausalWanModel`` load the very same file; the metadata entry ``config`` tells them what
+shapes cannot (``num_heads``, ``text_dim``, ``causal_ar``).
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One Wan block; ``store`` (an object with ``append(layer, k, v) -> (k, v)``) makes self-attention read a K/V store."""
+    """One Wan block; ``store`` (an object with ``append(layer, k, v) -> (k, v)``) makes self-attention read a K/V
+    store."""
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
@@ -96,7 +97,9 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(dim, 1e-6)
         self.cross_attn = SelfAttention(config)
         self.norm2 = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
-        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
+        )
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def modulated(self, x: Tensor, e: Tensor) -> Tensor:
@@ -104,7 +107,9 @@ class Block(nn.Module):
         shift, scale = ((self.modulation[:, None, index] + e[:, :, index]) for index in (0, 1))
         return _modulate(self.norm1(x), shift, scale)
 
-    def forward(self, x: Tensor, e: Tensor, rotations: Tensor, context: Tensor, mask=None, store=None, layer=0) -> Tensor:
+    def forward(
+        self, x: Tensor, e: Tensor, rotations: Tensor, context: Tensor, mask=None, store=None, layer=0
+    ) -> Tensor:
         """``x`` ``[B, N, D]``, ``e`` ``[B, T, 6, D]`` one row a frame, ``context`` ``[B, L, D]``."""
         shift, scale, gate, shift2, scale2, gate2 = (self.modulation[:, None] + e).unbind(2)
         y = _modulate(self.norm1(x), shift, scale)
@@ -147,7 +152,9 @@ class TinyWan(nn.Module):
         dim = config.dim
         self.config = config
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, (1, PATCH, PATCH), (1, PATCH, PATCH))
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
         self.time_embedding = nn.Sequential(nn.Linear(FREQ_DIM, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -164,11 +171,19 @@ class TinyWan(nn.Module):
     def embed(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens ``[B, N, D]`` of latents ``[B, C, T, H, W]`` and their rotations."""
         tokens = self.patch_embedding(x)
-        rotations = rope_rotations(positions, tokens.shape[3], tokens.shape[4], self.config.dim // self.config.num_heads)
+        rotations = rope_rotations(
+            positions, tokens.shape[3], tokens.shape[4], self.config.dim // self.config.num_heads
+        )
         return tokens.flatten(2).transpose(1, 2), rotations
 
     def forward(
-        self, x: Tensor, sigma: Tensor, context: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, store=None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        context: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        store=None,
     ) -> Tensor:
         """Velocity ``[B, C, T, H, W]``.
 
@@ -197,14 +212,18 @@ def block_causal_mask(frames: int, tokens_per_frame: int, block: int) -> Tensor:
     return index[:, None] >= index[None, :]
 
 
-def save_model(model: TinyWan, path: Path, dtype: torch.dtype = torch.float16, notes: dict[str, str] | None = None) -> None:
+def save_model(
+    model: TinyWan, path: Path, dtype: torch.dtype = torch.float16, notes: dict[str, str] | None = None
+) -> None:
     """Writes weights and the metadata that ComfyUI's loader reads."""
     config = asdict(model.config)
     transformer = {"num_heads": config["num_heads"], "text_dim": config["text_dim"]}
     if config["causal_ar"]:
         transformer["causal_ar"] = True
     metadata = {"config": json.dumps({"transformer": transformer}), "tiny": json.dumps(config)} | (notes or {})
-    save_file({name: value.detach().to(dtype).contiguous() for name, value in model.state_dict().items()}, path, metadata)
+    save_file(
+        {name: value.detach().to(dtype).contiguous() for name, value in model.state_dict().items()}, path, metadata
+    )
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> TinyWan:

@@ -17,7 +17,8 @@ def _pixels(video: Tensor, scale: int) -> np.ndarray:
 
 
 def save_video(video: Tensor, path: Path, fps: int = 12, scale: int = 4) -> Path:
-    """Writes ``[3, T, H, W]`` in [0, 1] and returns the file: ``path`` with the suffix of the format that was at hand."""
+    """Writes ``[3, T, H, W]`` in [0, 1] and returns the file: ``path`` with the suffix of the format that was at
+    hand."""
     frames = _pixels(video, scale)
     try:
         import av

@@ -1,7 +1,8 @@
 """Prompts of the tiny models: a closed vocabulary, embedded by formula, zero-padded to 64 tokens.
 
-A prompt names two or three shapes and how the scene moves: ``"red disc, blue square, gravity, pan"``. One token a shape (its
-kind's plus its colour's vector) and one token for each word of motion; the unconditional prompt is all zeros.
+A prompt names two or three shapes and how the scene moves: ``"red disc, blue square, gravity, pan"``. One token a
+shape (its kind's plus its colour's vector) and one token for each word of motion; the unconditional prompt is all
+zeros.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ VOCABULARY = KINDS + COLOURS + ("gravity", "float", "pan", "still")
 
 
 def _vectors() -> Tensor:
-    """One vector per word, ``[words, 64]``: cosines whose frequencies differ by the golden angle, close to orthogonal."""
+    """One vector per word, ``[words, 64]``: cosines whose frequencies differ by the golden angle, close to
+    orthogonal."""
     word = torch.arange(1, len(VOCABULARY) + 1, dtype=torch.float64)[:, None]
     channel = torch.arange(1, TEXT_DIM + 1, dtype=torch.float64)[None]
     return (2.399963229728653 * word * channel + 0.5 * word).cos().float() * 1.4
@@ -58,13 +60,15 @@ def parse(text: str) -> tuple[list[tuple[int, int]], bool, bool]:
             pan = part == "pan"
         else:
             raise ValueError(
-                f"Tiny AR Prompt: cannot read {part!r}; write shapes as '<colour> <kind>' with colours {', '.join(COLOURS)} "
+                f"Tiny AR Prompt: cannot read {part!r}; write shapes as '<colour> <kind>' with colours "
+                f"{', '.join(COLOURS)} "
                 f"and kinds {', '.join(KINDS)}, and optionally gravity or float, pan or still, separated by commas."
             )
     colours = [colour for _, colour in shapes]
     if not 1 <= len(shapes) <= MAX_OBJECTS or len(set(colours)) != len(colours):
         raise ValueError(
-            f"Tiny AR Prompt: {text!r} names {len(shapes)} shapes; the tiny models know one to {MAX_OBJECTS} shapes, each in "
+            f"Tiny AR Prompt: {text!r} names {len(shapes)} shapes; the tiny models know one to {MAX_OBJECTS} "
+            "shapes, each in "
             "a colour of its own."
         )
     return shapes, gravity, pan

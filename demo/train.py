@@ -1,7 +1,8 @@
 """Trains the tiny models: ``python -m demo.train {codec,tiny-df,tiny-next-clip,tiny-causal} [--steps N]``.
 
-Flow matching (target v = noise - x0) on clips drawn on the fly. Muon moves the block matrices, AdamW the rest; warm-up, then
-linear decay; an exponential moving average is what gets written. Resumable: the state is saved every few minutes.
+Flow matching (target v = noise - x0) on clips drawn on the fly. Muon moves the block matrices, AdamW the rest;
+warm-up, then linear decay; an exponential moving average is what gets written. Resumable: the state is saved every few
+minutes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ from .prompt import embed_scenes
 STATE = Path(__file__).with_name("training")
 SHIFT = 3.0
 TOKENS = 2048  # tokens of one step: clips times frames times 16
-CUTS = ((16,), (16,), (16,), (16,), (4, 12), (8, 8), (12, 4), (4, 4, 8))  # a 16-frame clip is also shown as shorter ones
+CUTS = (
+    (16,),
+    (16,),
+    (16,),
+    (16,),
+    (4, 12),
+    (8, 8),
+    (12, 4),
+    (4, 4, 8),
+)  # a 16-frame clip is also shown as shorter ones
 
 
 def shifted(u: Tensor) -> Tensor:
@@ -35,8 +45,8 @@ def shifted(u: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton-Schulz in fp32, matrices of one shape in one batch.
 
-    ``torch.optim.Muon`` iterates in bfloat16 one matrix at a time, which takes as long as the whole step on a CPU without
-    bfloat16 units.
+    ``torch.optim.Muon`` iterates in bfloat16 one matrix at a time, which takes as long as the whole step on a CPU
+    without bfloat16 units.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
@@ -73,7 +83,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def noise_levels(generator: torch.Generator, clips: int, frames: int, block: int = 4) -> Tensor:
-    """Noise level of each latent frame ``[B, T]``: independent, shared or a staircase, half of the clips with a clean prefix."""
+    """Noise level of each latent frame ``[B, T]``: independent, shared or a staircase, half of the clips with a
+    clean prefix."""
     independent = shifted(torch.sigmoid(torch.randn(clips, frames, generator=generator)))
     shared = shifted(torch.sigmoid(torch.randn(clips, 1, generator=generator))).expand(-1, frames)
     lag = torch.randint(1, 16, (clips, 1), generator=generator) / 50
@@ -84,7 +95,9 @@ def noise_levels(generator: torch.Generator, clips: int, frames: int, block: int
     pick = torch.rand(clips, 1, generator=generator)
     sigma = torch.where(pick < 0.3, independent, torch.where(pick < 0.55, shared, staircase))
     prefix = torch.randint(1, max(2, frames // 2 + 1), (clips, 1), generator=generator)
-    prefix = torch.where(torch.rand(clips, 1, generator=generator) < 0.6, torch.full_like(prefix, min(block, frames - 1)), prefix)
+    prefix = torch.where(
+        torch.rand(clips, 1, generator=generator) < 0.6, torch.full_like(prefix, min(block, frames - 1)), prefix
+    )
     prefix = prefix * (torch.rand(clips, 1, generator=generator) < 0.5)
     return torch.where(torch.arange(frames)[None] < prefix, torch.zeros(()), sigma)
 
@@ -120,8 +133,11 @@ class Objective:
         error = (model(x, told, context, positions, packed_mask(lengths, 16)) - (noise - x0)).square().mean((1, 3, 4))
         return (error * (sigma > 0)).sum() / (sigma > 0).sum().clamp(min=1)
 
-    def causal(self, model: nn.Module, x0: Tensor, noise: Tensor, context: Tensor, generator: torch.Generator) -> Tensor:
-        """Teacher forcing: clean blocks and noisy blocks in one sequence; a noisy block sees the clean ones before it."""
+    def causal(
+        self, model: nn.Module, x0: Tensor, noise: Tensor, context: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Teacher forcing: clean blocks and noisy blocks in one sequence; a noisy block sees the clean ones before
+        it."""
         clips, _, frames = x0.shape[:3]
         sigma = shifted(torch.sigmoid(torch.randn(clips, frames // 4, generator=generator))).repeat_interleave(4, 1)
         x = torch.lerp(x0, noise, sigma[:, None, :, None, None])
@@ -148,7 +164,8 @@ def teacher_mask(frames: int, tokens: int, block: int) -> Tensor:
 
 
 def train(kind: str, steps: int, seed: int, rate: float, compiled: bool) -> None:
-    """Runs or resumes one training and writes ``demo/weights/diffusion_models/<kind>.safetensors`` and its loss curve."""
+    """Runs or resumes one training and writes ``demo/weights/diffusion_models/<kind>.safetensors`` and its loss
+    curve."""
     STATE.mkdir(exist_ok=True)
     torch.manual_seed(seed)
     config = replace(TinyConfig(), kind=kind, causal_ar=kind == "tiny-causal")
@@ -175,7 +192,9 @@ def train(kind: str, steps: int, seed: int, rate: float, compiled: bool) -> None
 
     def save(step: int) -> None:
         state = [optimiser.state_dict() for optimiser in optimisers]
-        torch.save({"model": model.state_dict(), "average": average, "step": step, "curve": curve, "optimisers": state}, path)
+        torch.save(
+            {"model": model.state_dict(), "average": average, "step": step, "curve": curve, "optimisers": state}, path
+        )
         averaged = TinyWan(config)
         averaged.load_state_dict(average)
         MODELS.mkdir(parents=True, exist_ok=True)

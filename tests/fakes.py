@@ -45,7 +45,9 @@ class SmoothDenoiser:
 
 
 def make_run(acceleration: Acceleration | None = None, denoiser: SmoothDenoiser | None = None) -> Run:
-    return Run(acceleration or Acceleration(), denoiser or SmoothDenoiser(), Timeline(row_unit="chunk", frames_per_row=2))
+    return Run(
+        acceleration or Acceleration(), denoiser or SmoothDenoiser(), Timeline(row_unit="chunk", frames_per_row=2)
+    )
 
 
 def video(segments) -> torch.Tensor:

@@ -50,11 +50,13 @@ def test_every_skip_is_accounted_for_and_the_video_stays_close(name, solver):
     calls = totals["calls"]
     assert calls["recompute"] + calls["predict"] + calls["cache"] == 2 * PLAN.calls()
     assert len(run.denoiser.denoised) * 2 == calls["recompute"] < 2 * PLAN.calls()
-    assert totals["flops_full"] == sum(
-        100 * matrix.frames * matrix.rows for matrix in PLAN.matrices()
-    )
+    assert totals["flops_full"] == sum(100 * matrix.frames * matrix.rows for matrix in PLAN.matrices())
     measured = sum(100 * (call.frames[1] - call.frames[0]) for call in run.denoiser.denoised)
-    assert measured <= totals["flops"] <= measured + sum(record.window[1] - record.window[0] for record in run.timeline.records)
+    assert (
+        measured
+        <= totals["flops"]
+        <= measured + sum(record.window[1] - record.window[0] for record in run.timeline.records)
+    )
     assert float((out - full).norm() / full.norm()) < 0.2
 
 
@@ -131,7 +133,9 @@ def test_commits_are_computed_and_leave_step_state_alone():
 
 
 def test_with_fresh_noise_only_x0_is_held_which_equals_dropping_the_step():
-    run = make_run(Acceleration(replay=(Decision.RECOMPUTE, Decision.CACHE, Decision.RECOMPUTE, Decision.RECOMPUTE) * 7))
+    run = make_run(
+        Acceleration(replay=(Decision.RECOMPUTE, Decision.CACHE, Decision.RECOMPUTE, Decision.RECOMPUTE) * 7)
+    )
     table = torch.tensor([1.0, 0.9, 0.8, 0.6, 0.0])
     held = video(causal_blocks(run, NOISE.float(), 2, table, renoise_seed=5))
     assert run.timeline.totals()["calls"]["cache"] == 14
@@ -149,13 +153,20 @@ def test_with_fresh_noise_nothing_is_predicted():
 def test_joined_policies_skip_only_where_both_agree():
     guided = Acceleration(history_guided=HistoryGuidedConfig(0.05))
     _, alone = sample(guided)
-    _, joined = sample(Acceleration(HistoryGuidedConfig(0.05), SchedulerConfig(TriModalConfig(0.0, 1e9, max_skip=None))))
+    _, joined = sample(
+        Acceleration(HistoryGuidedConfig(0.05), SchedulerConfig(TriModalConfig(0.0, 1e9, max_skip=None)))
+    )
     counts = [run.timeline.totals()["calls"]["recompute"] for run in (alone, joined)]
     assert counts[1] >= counts[0]
     assert joined.timeline.totals()["calls"]["cache"] == 0
 
 
-@given(cache=st.floats(0, 0.5), gap=st.floats(0, 2), frames=st.sampled_from([8, 14]), ar_step=st.sampled_from([0, 1, 7, 30]))
+@given(
+    cache=st.floats(0, 0.5),
+    gap=st.floats(0, 2),
+    frames=st.sampled_from([8, 14]),
+    ar_step=st.sampled_from([0, 1, 7, 30]),
+)
 def test_calls_always_sum_to_the_schedule(cache, gap, frames, ar_step):
     plan = SegmentPlan(frames, 8, 2, 2, ar_step, 6)
     run = make_run(scheduler(cache, cache + gap))
