@@ -148,8 +148,6 @@ class Run:
         self._frames = 0
         self._history: VelocityHistory | None = None
         self._correction = ResidualCorrection(acceleration.correction) if acceleration.correction else None
-        self._scheduler_signal = acceleration.scheduler.signal if acceleration.scheduler else None
-        self._history_signal: str | None = None
         self._policies: list[tuple[Policy, str | None]] = []
         self._replay = FixedPolicy(acceleration.replay, rewind=False) if acceleration.replay is not None else None
         self._meter: SignalMeter | None = None
@@ -201,15 +199,23 @@ class Run:
         policies: list[tuple[Policy, str | None]] = []
         guided, scheduler = self.acceleration.history_guided, self.acceleration.scheduler
         if scheduler is not None:
-            policies.append((TriModalPolicy(scheduler.thresholds), scheduler.signal))
+            name = scheduler.signal
+            if name.startswith("history-"):
+                name = self._history_reading(name.removeprefix("history-"), has_history)
+            policies.append((TriModalPolicy(scheduler.thresholds), name))
         if guided is not None:
-            name, note = resolve_history_signal(
-                guided.signal, has_history, self.denoiser.shares_time, self.denoiser.recomputes_history
-            )
+            name = self._history_reading(guided.signal, has_history)
             policies.append((ThresholdPolicy(guided.delta, guided.max_skip), name))
-            if note:
-                self.timeline.settings["history signal"] = note
         return policies
+
+    def _history_reading(self, choice: str, has_history: bool) -> str:
+        """Signal that stands for the history in this segment; the timeline says where it is another one."""
+        name, note = resolve_history_signal(
+            choice, has_history, self.denoiser.shares_time, self.denoiser.recomputes_history
+        )
+        if note:
+            self.timeline.settings["history signal"] = note
+        return name
 
     def _measure(self, call: Call, x: Tensor) -> tuple[dict[str, float], int]:
         """Increment of every signal since the last call, in one readback, and what the measuring cost."""
@@ -264,6 +270,8 @@ class Run:
         told = {"discrepancy": policy.accumulated, "threshold": policy.threshold, "increment": value, "forced": None}
         if decision is Decision.RECOMPUTE:
             told["forced"] = policy.reason if policy.reason not in (None, "threshold") else None
+            if told["forced"] == "no history" and call.family is Family.RENOISE:
+                told["forced"] = "fresh noise"
             for other in self._policies:
                 if other[0] is not policy:
                     other[0].force()
@@ -296,6 +304,8 @@ class Run:
             fields["order"] = order
         elif self._correction is not None:
             part, fields["corrected"] = self._correction.apply(self._history, call.segment, frames, targets)
+            if self._correction.note:
+                self.timeline.settings["correction"] = self._correction.note
         else:
             part = hold(self._history, frames)
         if (first, last) == (0, x.shape[2]):

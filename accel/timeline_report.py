@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 NAME = "AR Video Accelerator"
 _PREFIXES = (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 _ROUND = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
+_STANDSTILLS = {
+    "off": "the threshold is 0, which switches skipping off; raise it.",
+    "fresh noise": "this sampler adds fresh noise after every step, so no velocity can be predicted and holding one "
+    "equals leaving the step out; use fewer steps, or Euler.",
+}
 
 
 def figures(value: float | None) -> str:
@@ -87,6 +92,9 @@ def why_nothing_skipped(timeline: Timeline) -> str | None:
     if not denoised or any(record.decision != "recompute" for record in denoised):
         return None
     asked = [record for record in denoised if record.forced is None]
+    for reason, sentence in _STANDSTILLS.items():
+        if not asked and any(record.forced == reason for record in denoised):
+            return f"Nothing was skipped: {sentence}"
     if not asked:
         reasons = _counted(record.forced for record in denoised)
         return f"Nothing was skipped: every call had to be computed ({reasons}); use more steps or a shorter warm-up."
