@@ -89,6 +89,8 @@ class SchedulerConfig:
         signal: a key of ``signals.HOST_SIGNALS`` (from the noise levels alone) or of ``signals.SIGNALS``.
         order: of the prediction: 1, 2 (SCOPE eq. 7), ``newton2`` or ``auto``.
         guards: clipping of predictions.
+        reach: a prediction further ahead than this many times the distance of the last two computed noise levels
+            (``D / D0`` of SCOPE's stability check) is computed instead; None never is.
         warmup: first solver steps of every chunk that are always computed.
     """
 
@@ -97,6 +99,7 @@ class SchedulerConfig:
     order: int | str = 1
     guards: Guards = field(default_factory=Guards)
     warmup: int = 1
+    reach: float | None = None
 
     def __post_init__(self) -> None:
         known = (*HOST_SIGNALS, *SIGNALS)
@@ -104,6 +107,8 @@ class SchedulerConfig:
             raise ValueError(f"Tri-Modal Scheduler: signal is {self.signal!r}; use one of {', '.join(known)}.")
         if self.order not in (1, 2, "newton2", "auto"):
             raise ValueError(f"Tri-Modal Scheduler: order is {self.order!r}; use 1, 2, newton2 or auto.")
+        if self.reach is not None and not self.reach > 0:
+            raise ValueError(f"Tri-Modal Scheduler: reach is {self.reach}; use a number above 0, or None for no limit.")
         _check_warmup("Tri-Modal Scheduler", self.warmup)
 
 
@@ -264,7 +269,11 @@ class Run:
         answers = []
         for policy, name in self._policies:
             value = measured.get(name, 0.0) if name is not None else 0.0
-            answers.append((policy.decide(value, can_cache=True, can_predict=can_predict), policy, value))
+            decision = policy.decide(value, can_cache=True, can_predict=can_predict)
+            if decision is Decision.PREDICT and self._too_far(call):
+                policy.force()
+                decision, policy.reason = Decision.RECOMPUTE, "reach"
+            answers.append((decision, policy, value))
         severity = (Decision.CACHE, Decision.PREDICT, Decision.RECOMPUTE)
         decision, policy, value = max(answers, key=lambda answer: severity.index(answer[0]))
         told = {"discrepancy": policy.accumulated, "threshold": policy.threshold, "increment": value, "forced": None}
@@ -276,6 +285,18 @@ class Run:
                 if other[0] is not policy:
                     other[0].force()
         return decision, told
+
+    def _too_far(self, call: Call) -> bool:
+        """Whether predicting this call would extrapolate some active frame beyond ``SchedulerConfig.reach``."""
+        config = self.acceleration.scheduler
+        if config is None or config.reach is None:
+            return False
+        frames = call.active_frames
+        targets = call.sigmas[frames[0] - call.frames[0] : frames[1] - call.frames[0]]
+        for target, levels in zip(targets, self._history.levels(frames), strict=True):
+            if len(levels) > 1 and levels[0] - target > config.reach * (levels[1] - levels[0]):
+                return True
+        return False
 
     def _remember(self, call: Call, x: Tensor, velocity: Tensor) -> None:
         """True velocities (x0 where the sampler re-noises) of the active frames enter the history."""

@@ -66,10 +66,10 @@ def _motion(generator: torch.Generator, radius: Tensor, gravity: Tensor, frames:
     low, high = radius[..., None], SIZE - radius[..., None]
     position = low + (high - low) * torch.rand((clips, MAX_OBJECTS, 2), generator=generator)
     angle = _uniform(generator, (clips, MAX_OBJECTS), 0.0, 2 * torch.pi)
-    speed = _uniform(generator, (clips, MAX_OBJECTS), 0.5, 1.5)
+    speed = _uniform(generator, (clips, MAX_OBJECTS), 0.4, 1.2)
     velocity = torch.stack((angle.cos(), angle.sin()), -1) * speed[..., None]
     pull = torch.zeros(clips, 1, 2)
-    pull[:, 0, 1] = gravity * 0.06
+    pull[:, 0, 1] = gravity * 0.04
     centres = []
     for _ in range(frames):
         centres.append(position)
@@ -84,7 +84,7 @@ def _motion(generator: torch.Generator, radius: Tensor, gravity: Tensor, frames:
 
 def _background(generator: torch.Generator, pan: Tensor, frames: int) -> tuple[Tensor, Tensor]:
     clips = pan.shape[0]
-    wavelength = _uniform(generator, (clips, 2), 18.0, 40.0)
+    wavelength = _uniform(generator, (clips, 2), 32.0, 72.0)
     angle = _uniform(generator, (clips, 2), 0.0, torch.pi)
     k = 2 * torch.pi / wavelength
     kx, ky = k * angle.cos(), k * angle.sin()
@@ -93,7 +93,7 @@ def _background(generator: torch.Generator, pan: Tensor, frames: int) -> tuple[T
     omega = -drift * (kx * drift_angle.cos() + ky * drift_angle.sin())
     phase = _uniform(generator, (clips, 2), 0.0, 2 * torch.pi)
     phases = phase[:, None] + omega[:, None] * torch.arange(frames)[None, :, None]
-    amplitude = _uniform(generator, (clips, 2), 0.03, 0.08)
+    amplitude = _uniform(generator, (clips, 2), 0.04, 0.08)
     spread = [value[:, None].expand(-1, frames, -1) for value in (kx, ky, amplitude)]
     wave = torch.stack((spread[0], spread[1], phases, spread[2]), -1)
     base = _uniform(generator, (clips, 1, 1), 0.25, 0.55) + _uniform(generator, (clips, 1, 3), -0.05, 0.05)

@@ -24,7 +24,6 @@ from .prompt import embed_scenes
 
 STATE = Path(__file__).with_name("training")
 SHIFT = 3.0
-TOKENS = 2048  # tokens of one step: clips times frames times 16
 CUTS = (
     (16,),
     (16,),
@@ -105,17 +104,25 @@ def noise_levels(generator: torch.Generator, clips: int, frames: int, block: int
 class Objective:
     """Draws batches of one regime and gives the loss; ``model`` may be compiled."""
 
-    def __init__(self, kind: str, codec: TinyCodec) -> None:
-        self.kind, self.codec = kind, codec
+    def __init__(self, kind: str, codec: TinyCodec, clips: int, device: torch.device) -> None:
+        self.kind, self.codec, self.count, self.device = kind, codec, clips, device
 
-    def clips(self, seed: int, clips: int, frames: int) -> tuple[Tensor, Tensor]:
-        scenes = simulate(seed, clips, frames)
+    def clips(self, seed: int, frames: int) -> tuple[Tensor, Tensor]:
+        """Latents and prompts of a batch."""
+        scenes = simulate(seed, self.count, frames)
         return self.codec.encode(render(scenes)), embed_scenes(scenes)
 
+    def velocity(self, model: nn.Module, *inputs: Tensor) -> Tensor:
+        """The model's answer, on its device and in its precision; on the host in fp32."""
+        half = self.device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            return model(*(value.to(self.device) for value in inputs)).float().cpu()
+
     def loss(self, model: nn.Module, seed: int) -> Tensor:
+        """Flow-matching loss of one batch; the batch follows from the seed alone."""
         generator = torch.Generator().manual_seed(seed + 1)
         frames = 32 if self.kind == "tiny-causal" else 16
-        x0, context = self.clips(seed, TOKENS // 16 // (2 * frames if self.kind == "tiny-causal" else frames), frames)
+        x0, context = self.clips(seed, frames)
         context = context * (torch.rand(len(context), 1, 1, generator=generator) >= 0.1)
         noise = torch.randn(x0.shape, generator=generator)
         if self.kind == "tiny-causal":
@@ -130,7 +137,8 @@ class Objective:
             told = sigma = torch.cat([noise_levels(generator, len(x0), length) for length in lengths], 1)
         x = torch.lerp(x0, noise, sigma[:, None, :, None, None])
         positions = torch.cat([torch.arange(length) for length in lengths])
-        error = (model(x, told, context, positions, packed_mask(lengths, 16)) - (noise - x0)).square().mean((1, 3, 4))
+        out = self.velocity(model, x, told, context, positions, packed_mask(lengths, 16))
+        error = (out - (noise - x0)).square().mean((1, 3, 4))
         return (error * (sigma > 0)).sum() / (sigma > 0).sum().clamp(min=1)
 
     def causal(
@@ -145,7 +153,8 @@ class Objective:
         history = x0 + slip * torch.randn(x0.shape, generator=generator)
         positions = torch.arange(frames).repeat(2)
         told = torch.cat((torch.zeros_like(sigma), sigma), 1)
-        out = model(torch.cat((history, x), 2), told, context, positions, teacher_mask(frames, 16, 4))
+        mask = teacher_mask(frames, 16, 4)
+        out = self.velocity(model, torch.cat((history, x), 2), told, context, positions, mask)
         return (out[:, :, frames:] - (noise - x0)).square().mean()
 
 
@@ -163,16 +172,23 @@ def teacher_mask(frames: int, tokens: int, block: int) -> Tensor:
     return torch.where(noisy[:, None], (~noisy[None] & earlier) | (noisy[None] & same), ~noisy[None] & (earlier | same))
 
 
-def train(kind: str, steps: int, seed: int, rate: float, compiled: bool) -> None:
-    """Runs or resumes one training and writes ``demo/weights/diffusion_models/<kind>.safetensors`` and its loss
-    curve."""
+def train(kind: str, steps: int, seed: int, rate: float, clips: int, compiled: bool) -> None:
+    """Runs or resumes one training and writes ``demo/weights/diffusion_models/<kind>.safetensors`` and its loss curve.
+
+    Without a saved state it starts from the model's own weights where there are any, else from those of ``tiny-df``.
+    """
     STATE.mkdir(exist_ok=True)
     torch.manual_seed(seed)
     config = replace(TinyConfig(), kind=kind, causal_ar=kind == "tiny-causal")
     model = TinyWan(config)
-    if kind != "tiny-df":
-        model.load_state_dict(load_model(MODELS / "tiny-df.safetensors").state_dict())
-    objective = Objective(kind, TinyCodec.load())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    start = next(
+        (file for file in (MODELS / f"{kind}.safetensors", MODELS / "tiny-df.safetensors") if file.exists()), None
+    )
+    if start is not None:
+        model.load_state_dict(load_model(start).state_dict())
+    model.to(device)
+    objective = Objective(kind, TinyCodec.load(), clips, device)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -182,7 +198,7 @@ def train(kind: str, steps: int, seed: int, rate: float, compiled: bool) -> None
     curve: list[tuple[int, float]] = []
     first, path = 0, STATE / f"{kind}.pt"
     if path.exists():
-        saved = torch.load(path)
+        saved = torch.load(path, device)
         model.load_state_dict(saved["model"])
         average, first, curve = saved["average"], saved["step"], saved["curve"]
         for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
@@ -237,13 +253,14 @@ def main() -> None:
     parser.add_argument("kind", choices=("codec", "tiny-df", "tiny-next-clip", "tiny-causal"))
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--clips", type=int, default=16, help="clips of one step")
     parser.add_argument("--rate", type=float, default=1.0, help="factor on both learning rates")
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
     arguments = parser.parse_args()
     if arguments.kind == "codec":
         fit_codec(arguments.seed)
     else:
-        train(arguments.kind, arguments.steps, arguments.seed, arguments.rate, not arguments.eager)
+        train(arguments.kind, arguments.steps, arguments.seed, arguments.rate, arguments.clips, not arguments.eager)
 
 
 if __name__ == "__main__":

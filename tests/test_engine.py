@@ -115,6 +115,16 @@ def test_never_more_than_max_skip_calls_in_a_row():
     assert longest == 3
 
 
+def test_no_prediction_reaches_further_than_allowed():
+    thresholds = TriModalConfig(0.0, 1e9, max_skip=None)
+    _, free = sample(Acceleration(scheduler=SchedulerConfig(thresholds)))
+    _, run = sample(Acceleration(scheduler=SchedulerConfig(thresholds, reach=1.5)))
+    forced = [record.forced for record in run.timeline.records]
+    assert forced.count("reach") > 0
+    calls = [tested.timeline.totals()["calls"]["recompute"] for tested in (free, run)]
+    assert calls[0] < calls[1] < 2 * PLAN.calls()
+
+
 def test_a_velocity_that_is_not_finite_is_never_reused():
     denoiser = SmoothDenoiser(break_at=9)
     _, run = sample(scheduler(0.0, 1e9), denoiser)
@@ -184,6 +194,7 @@ def test_calls_always_sum_to_the_schedule(cache, gap, frames, ar_step):
         (lambda: SchedulerConfig(TriModalConfig(0.1, 0.2), signal="noise"), "use one of log-snr"),
         (lambda: SchedulerConfig(TriModalConfig(0.1, 0.2), order=3), "use 1, 2, newton2 or auto"),
         (lambda: SchedulerConfig(TriModalConfig(0.1, 0.2), warmup=0), "at least 1 step"),
+        (lambda: SchedulerConfig(TriModalConfig(0.1, 0.2), reach=0.0), "reach is 0.0"),
         (lambda: TriModalConfig(0.3, 0.2), "tau_cache 0.3 is above tau_predict 0.2"),
     ],
 )
