@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 MODELS = Path(__file__).with_name("weights") / "diffusion_models"
-FREQ_DIM = 256
 PATCH = 2
 ROPE_THETA = 10000.0
 
@@ -33,6 +32,7 @@ class TinyConfig:
     num_heads: int = 3
     in_dim: int = 16
     text_dim: int = 64
+    freq_dim: int = 256
     causal_ar: bool = False
     block: int = 4
     kind: str = "tiny-df"
@@ -155,14 +155,14 @@ class TinyWan(nn.Module):
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
-        self.time_embedding = nn.Sequential(nn.Linear(FREQ_DIM, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
 
     def embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Time embedding ``[B, T, D]`` and its projection ``[B, T, 6, D]`` for noise levels ``[B, T]`` in [0, 1]."""
-        half = FREQ_DIM // 2
+        half = self.config.freq_dim // 2
         frequencies = torch.pow(10000, -torch.arange(half, device=sigma.device, dtype=torch.float32) / half)
         angle = sigma.float()[..., None] * 1000.0 * frequencies
         e = self.time_embedding(torch.cat((angle.cos(), angle.sin()), -1).to(self.head.head.weight.dtype))
