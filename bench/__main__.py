@@ -65,10 +65,10 @@ def measure(seeds: list[int], methods: dict[str, Acceleration]) -> list[dict]:
     rows = []
     for seed in seeds:
         context, noise = prompts[seed : seed + 1], start_noise(seed, PLAN.frames)
-        full = sample(model, context, noise)
+        full = sample(model, context, noise, plan=PLAN)
         rows.append(row(codec, "full", False, None, seed, full, full))
         for name, acceleration in methods.items():
-            rows.append(row(codec, name, True, None, seed, full, sample(model, context, noise, acceleration)))
+            rows.append(row(codec, name, True, None, seed, full, sample(model, context, noise, acceleration, PLAN)))
         one = full.timeline.totals()["flops"] // PLAN.calls()
         for budget in BUDGETS:
             plan = fewer_steps(PLAN, int(full.timeline.totals()["flops"] / budget), one)

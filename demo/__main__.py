@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from accel.engine import Acceleration
 from accel.flops import CONVENTION
 from accel.metrics import psnr, ssim
 from accel.presets import BALANCED, FAST, HISTORY_GUIDED
@@ -81,11 +80,11 @@ class Report:
 def diffusion_forcing(report: Report, seed: int) -> None:
     """``tiny-df`` on the staircase schedule, four segments."""
     model, context, noise = load("tiny-df"), embed_text(PROMPT), start_noise(seed, PLAN.frames)
-    full = sample(model, context, noise)
+    full = sample(model, context, noise, plan=PLAN)
     report.add("tiny-df", "full", full, full)
     fast = None
     for name, acceleration in (("balanced", BALANCED), ("fast", FAST), ("history-guided", HISTORY_GUIDED)):
-        result = sample(model, context, noise, acceleration)
+        result = sample(model, context, noise, acceleration, PLAN)
         report.add("tiny-df", name, result, full)
         if name == "balanced":
             fast = result
@@ -93,7 +92,7 @@ def diffusion_forcing(report: Report, seed: int) -> None:
             (report.output / "timeline.svg").write_text(result.timeline.to_svg())
     row_flops = full.timeline.totals()["flops"] // PLAN.calls()
     shorter = fewer_steps(PLAN, fast.timeline.totals()["flops"], row_flops)
-    report.add("tiny-df", "fewer-steps", sample(model, context, noise, Acceleration(), shorter), full)
+    report.add("tiny-df", "fewer-steps", sample(model, context, noise, plan=shorter), full)
     print(fast.timeline.summary(), flush=True)
 
 

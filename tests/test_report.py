@@ -1,0 +1,71 @@
+"""What ``make demo`` and ``make bench`` write, on untrained models of the same layout and a short plan."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import bench.__main__ as bench
+import demo.__main__ as main
+from accel.sampling import SegmentPlan
+from accel.timeline import Timeline
+from demo.model import TinyConfig, TinyWan
+
+KEYS = {"model", "method", "seed", "calls", "flops", "flop_ratio", "seconds", "psnr", "ssim"}
+PLAN = SegmentPlan(frames=14, segment=8, overlap=2, block=2, ar_step=2, steps=12)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Untrained models and a plan of two segments."""
+
+    def load(kind: str) -> TinyWan:
+        torch.manual_seed(1)
+        config = TinyConfig(48, 64, 2, 2, causal_ar=kind == "tiny-causal", kind=kind, block=2)
+        return TinyWan(config).eval().requires_grad_(False)
+
+    for module in (main, bench):
+        monkeypatch.setattr(module, "load", load)
+        monkeypatch.setattr(module, "PLAN", PLAN)
+    monkeypatch.setattr(main, "CAUSAL_FRAMES", 6)
+
+
+def test_the_demo_writes_videos_timelines_and_a_report(small, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo", "--output", str(tmp_path)])
+    main.main()
+    runs = json.loads((tmp_path / "report.json").read_text())["runs"]
+    assert all(run.keys() >= KEYS for run in runs)
+    methods = {model: [run["method"] for run in runs if run["model"] == model] for model in ("tiny-df", "tiny-causal")}
+    for names in methods.values():
+        assert {"full", "fewer-steps"} < set(names) and len(names) >= 3
+    for run in runs:
+        assert set(run["calls"]) == {"recompute", "predict", "cache", "commit"}
+        assert (run["psnr"] is None) == (run["method"] == "full")
+        assert (tmp_path / run["video"]).stat().st_size > 0
+    full = next(run for run in runs if run["method"] == "full")
+    for run in runs[1:4]:
+        assert sum(run["calls"].values()) == sum(full["calls"].values())
+        assert run["flop_ratio"] == pytest.approx(full["flops"] / run["flops"])
+    fewer = next(run for run in runs if run["method"] == "fewer-steps")
+    assert fewer["flops"] >= next(run for run in runs if run["method"] == "balanced")["flops"]
+    assert Timeline.from_json((tmp_path / "timeline.json").read_text()).records
+    assert (tmp_path / "timeline.svg").read_text().startswith("<svg")
+    assert (tmp_path / "tiny-df.png").exists()
+    assert "x fewer" in capsys.readouterr().out
+
+
+def test_the_bench_writes_a_row_a_method_budget_and_seed(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["bench", "--seeds", "2", "--output", str(tmp_path)])
+    bench.main()
+    rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    wanted = KEYS | {"ours", "budget", "latent_rel_l2", "drift_db_per_segment", "state_bytes", "realised"}
+    assert all(row.keys() == wanted for row in rows)
+    assert {row["seed"] for row in rows} == {1, 2}
+    assert all(row["flop_ratio"] <= row["budget"] + 1e-9 for row in rows if row["method"] == "fewer-steps")
+    assert "| balanced |" in (tmp_path / "quality.md").read_text()
+
+
+def test_intervals_hold_the_mean():
+    low, high = bench.interval([1.0, 2.0, 3.0, 4.0])
+    assert low < 2.5 < high and low >= 1.0 and high <= 4.0
