@@ -24,7 +24,7 @@ from .prompt import embed_scenes
 
 STATE = Path(__file__).with_name("training")
 SHIFT = 3.0
-CUTS = (
+LENGTHS = (16, 16, 8, 4, 4)  # latent frames of a clip of tiny-df; shorter clips, more of them: more scenes a step
     (16,),
     (16,),
     (16,),
@@ -108,8 +108,8 @@ class Objective:
         self.kind, self.codec, self.count, self.device = kind, codec, clips, device
 
     def clips(self, seed: int, frames: int) -> tuple[Tensor, Tensor]:
-        """Latents and prompts of a batch."""
-        scenes = simulate(seed, self.count, frames)
+        """Latents and prompts of a batch, as many frames in all whatever a clip's length."""
+        scenes = simulate(seed, self.count * max(1, 16 // frames), frames)
         return self.codec.encode(render(scenes)), embed_scenes(scenes)
 
     def velocity(self, model: nn.Module, *inputs: Tensor) -> Tensor:
@@ -121,23 +121,22 @@ class Objective:
     def loss(self, model: nn.Module, seed: int) -> Tensor:
         """Flow-matching loss of one batch; the batch follows from the seed alone."""
         generator = torch.Generator().manual_seed(seed + 1)
-        frames = 32 if self.kind == "tiny-causal" else 16
+        frames = {"tiny-causal": 32, "tiny-next-clip": 16}.get(self.kind)
+        if frames is None:
+            frames = LENGTHS[int(torch.randint(len(LENGTHS), (1,), generator=generator))]
         x0, context = self.clips(seed, frames)
         context = context * (torch.rand(len(context), 1, 1, generator=generator) >= 0.1)
         noise = torch.randn(x0.shape, generator=generator)
         if self.kind == "tiny-causal":
             return self.causal(model, x0, noise, context, generator)
-        lengths = (16,)
         if self.kind == "tiny-next-clip":
             told = shifted(torch.sigmoid(torch.randn(len(x0), 1, generator=generator))).expand(-1, frames)
             history = 4 * (torch.rand(len(x0), 1, generator=generator) < 0.75)
             sigma = torch.where(torch.arange(frames)[None] < history, torch.zeros(()), told)
         else:
-            lengths = CUTS[int(torch.randint(len(CUTS), (1,), generator=generator))]
-            told = sigma = torch.cat([noise_levels(generator, len(x0), length) for length in lengths], 1)
+            told = sigma = noise_levels(generator, len(x0), frames)
         x = torch.lerp(x0, noise, sigma[:, None, :, None, None])
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        out = self.velocity(model, x, told, context, positions, packed_mask(lengths, 16))
+        out = self.velocity(model, x, told, context, torch.arange(frames))
         error = (out - (noise - x0)).square().mean((1, 3, 4))
         return (error * (sigma > 0)).sum() / (sigma > 0).sum().clamp(min=1)
 
@@ -156,12 +155,6 @@ class Objective:
         mask = teacher_mask(frames, 16, 4)
         out = self.velocity(model, torch.cat((history, x), 2), told, context, positions, mask)
         return (out[:, :, frames:] - (noise - x0)).square().mean()
-
-
-def packed_mask(lengths: tuple[int, ...], tokens: int) -> Tensor:
-    """``[N, N]`` bool for clips of ``lengths`` frames packed into one sequence: a token sees its own clip."""
-    clip = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths) * tokens)
-    return clip[:, None] == clip[None]
 
 
 def teacher_mask(frames: int, tokens: int, block: int) -> Tensor:
