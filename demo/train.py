@@ -25,15 +25,6 @@ from .prompt import embed_scenes
 STATE = Path(__file__).with_name("training")
 SHIFT = 3.0
 LENGTHS = (16, 16, 8, 4, 4)  # latent frames of a clip of tiny-df; shorter clips, more of them: more scenes a step
-    (16,),
-    (16,),
-    (16,),
-    (16,),
-    (4, 12),
-    (8, 8),
-    (12, 4),
-    (4, 4, 8),
-)  # a 16-frame clip is also shown as shorter ones
 
 
 def shifted(u: Tensor) -> Tensor:
