@@ -92,14 +92,16 @@ class SchedulerConfig:
         reach: a prediction further ahead than this many times the distance of the last two computed noise levels
             (``D / D0`` of SCOPE's stability check) is computed instead; None never is.
         warmup: first solver steps of every chunk that are always computed.
+
+    The defaults are what measured best in closed loop on ``tiny-df`` at about 3.5 times fewer FLOPs.
     """
 
-    thresholds: TriModalConfig = TriModalConfig(0.0, 0.6)
-    signal: str = "log-snr"
+    thresholds: TriModalConfig = TriModalConfig(0.0, 3.0, decay=1.0, max_skip=4)
+    signal: str = "log-signal"
     order: int | str = 1
     guards: Guards = field(default_factory=Guards)
     warmup: int = 1
-    reach: float | None = None
+    reach: float | None = 1.5
 
     def __post_init__(self) -> None:
         known = (*HOST_SIGNALS, *SIGNALS)

@@ -115,6 +115,9 @@ class ARVATriModalScheduler(io.ComfyNode):
                 io.Int.Input("max_skip", default=THRESHOLDS.max_skip, min=1, max=100, advanced=True,
                              tooltip=MAX_SKIP),
                 io.Int.Input("warmup", default=SCHEDULED.warmup, min=1, max=100, advanced=True, tooltip=WARMUP),
+                io.Float.Input("reach", default=SCHEDULED.reach, min=0.0, max=100.0, step=0.1, round=0.01,
+                               advanced=True, tooltip="How far ahead a prediction may reach, in distances between the "
+                               "last two computed steps; 0 sets no limit."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip=OUTPUT)],
         )  # fmt: skip
@@ -122,11 +125,11 @@ class ARVATriModalScheduler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model: io.Model.Type, cache_below: float, predict_below: float, signal: str, order: str, decay: float,
-        max_skip: int, warmup: int,
+        max_skip: int, warmup: int, reach: float,
     ) -> io.NodeOutput:  # fmt: skip
         with _inputs_of("Tri-Modal Scheduler", tau_cache="cache_below", tau_predict="predict_below"):
             thresholds = TriModalConfig(cache_below, predict_below, decay, max_skip)
-            config = SchedulerConfig(thresholds, signal, ORDERS[order], warmup=warmup)
+            config = SchedulerConfig(thresholds, signal, ORDERS[order], warmup=warmup, reach=reach or None)
         return io.NodeOutput(describe(model, scheduler=config))
 
 

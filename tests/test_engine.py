@@ -24,6 +24,7 @@ def sample(acceleration=None, denoiser=None, plan=PLAN, solver="euler"):
 
 
 def scheduler(cache, predict, **options):
+    options = {"signal": "log-snr", "reach": None} | options
     return Acceleration(scheduler=SchedulerConfig(TriModalConfig(cache, predict), **options))
 
 
@@ -36,8 +37,10 @@ ALL = {
     "corrected by segment 1": Acceleration(
         history_guided=HistoryGuidedConfig(0.2), correction=CorrectionConfig("seg1_l1")
     ),
-    "joined": Acceleration(HistoryGuidedConfig(0.3), SchedulerConfig(TriModalConfig(0.1, 0.8)), CorrectionConfig()),
-    "suffix": Acceleration(scheduler=SchedulerConfig(TriModalConfig(0.1, 0.8)), suffix_window=True),
+    "joined": Acceleration(
+        HistoryGuidedConfig(0.3), SchedulerConfig(TriModalConfig(0.1, 0.8), "log-snr"), CorrectionConfig()
+    ),
+    "suffix": Acceleration(scheduler=SchedulerConfig(TriModalConfig(0.1, 0.8), "log-snr"), suffix_window=True),
 }
 
 
@@ -107,7 +110,7 @@ def test_new_blocks_the_warm_up_and_the_last_call_are_always_computed():
 
 
 def test_never_more_than_max_skip_calls_in_a_row():
-    _, run = sample(Acceleration(scheduler=SchedulerConfig(TriModalConfig(0.0, 1e9, max_skip=3))))
+    _, run = sample(Acceleration(scheduler=SchedulerConfig(TriModalConfig(0.0, 1e9, max_skip=3), reach=None)))
     streak = longest = 0
     for record in run.timeline.records:
         streak = streak + 1 if record.decision == "predict" else 0
@@ -117,7 +120,7 @@ def test_never_more_than_max_skip_calls_in_a_row():
 
 def test_no_prediction_reaches_further_than_allowed():
     thresholds = TriModalConfig(0.0, 1e9, max_skip=None)
-    _, free = sample(Acceleration(scheduler=SchedulerConfig(thresholds)))
+    _, free = sample(Acceleration(scheduler=SchedulerConfig(thresholds, reach=None)))
     _, run = sample(Acceleration(scheduler=SchedulerConfig(thresholds, reach=1.5)))
     forced = [record.forced for record in run.timeline.records]
     assert forced.count("reach") > 0
@@ -164,7 +167,7 @@ def test_joined_policies_skip_only_where_both_agree():
     guided = Acceleration(history_guided=HistoryGuidedConfig(0.05))
     _, alone = sample(guided)
     _, joined = sample(
-        Acceleration(HistoryGuidedConfig(0.05), SchedulerConfig(TriModalConfig(0.0, 1e9, max_skip=None)))
+        Acceleration(HistoryGuidedConfig(0.05), SchedulerConfig(TriModalConfig(0.0, 1e9, max_skip=None), reach=None))
     )
     counts = [run.timeline.totals()["calls"]["recompute"] for run in (alone, joined)]
     assert counts[1] >= counts[0]

@@ -30,7 +30,7 @@ SCRIPT = Path(__file__).with_name("node_runs.py")
 TEXT = "red disc, blue square, gravity, pan"
 FRAMES, STEPS = 20, 8
 TOLERANCE = 1e-3
-SCHEDULE = SchedulerConfig(TriModalConfig(0.2, 0.9))
+SCHEDULE = SchedulerConfig(TriModalConfig(0.2, 0.9), "log-snr", reach=None)
 OURS = {
     "ARVASegmentSampler": "AR Segment Sampler",
     "ARVAHistoryGuidedCache": "History-Guided Cache",
@@ -118,7 +118,11 @@ def test_causal_blocks_equal_the_library(host, checkpoints, name, steps, seed) -
     denoiser, noise = library(checkpoints["causal"], 14, batch=2, cfg=1.0)
     fast = name.startswith("fast")
     timeline = Timeline()
-    run = Run(Acceleration(scheduler=SchedulerConfig(TriModalConfig(0.3, 2.0)) if fast else None), denoiser, timeline)
+    run = Run(
+        Acceleration(scheduler=SchedulerConfig(TriModalConfig(0.3, 2.0), "log-snr", reach=None) if fast else None),
+        denoiser,
+        timeline,
+    )
     expected = video(causal_blocks(run, noise, 4, flow_sigmas(steps, 5.0), seed))
     facts, latents = host
     assert difference(latents[name], expected) < TOLERANCE
@@ -238,7 +242,7 @@ def graph(model: str, frames: int = FRAMES, **changes: Any) -> dict[str, Any]:
     latent = {"frames": frames, "width": 64, "height": 64, "batch_size": 1}
     scheduler = {
         "model": ["1", 0], "cache_below": 0.2, "predict_below": 0.9, "signal": "log-snr", "order": "1", "decay": 0.75,
-        "max_skip": 5, "warmup": 1,
+        "max_skip": 5, "warmup": 1, "reach": 0.0,
     }  # fmt: skip
     nodes = {
         "1": ("UNETLoader", {"unet_name": model, "weight_dtype": "default"}),

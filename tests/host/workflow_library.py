@@ -72,7 +72,9 @@ def _acceleration(graph: dict[str, dict[str, Any]], node_id: str) -> Acceleratio
             names = ("cache_below", "predict_below", "decay", "max_skip")
             thresholds = TriModalConfig(*(inputs[key] for key in names))
             order = int(inputs["order"]) if inputs["order"].isdigit() else inputs["order"]
-            parts["scheduler"] = SchedulerConfig(thresholds, inputs["signal"], order, warmup=inputs["warmup"])
+            parts["scheduler"] = SchedulerConfig(
+                thresholds, inputs["signal"], order, warmup=inputs["warmup"], reach=inputs["reach"] or None
+            )
         elif node["class_type"] == "ARVAActiveFrameWindow":
             parts["suffix_window"] = True
         else:
