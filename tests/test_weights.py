@@ -1,0 +1,40 @@
+"""The committed checkpoints: small, readable and trained."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from demo.codec import WEIGHTS, TinyCodec
+from demo.data import render, simulate
+from demo.model import MODELS, block_causal_mask, load_model
+from demo.prompt import embed_scenes
+
+KINDS = ("tiny-df", "tiny-next-clip", "tiny-causal")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_is_small_and_says_what_it_is(kind):
+    path = MODELS / f"{kind}.safetensors"
+    assert path.stat().st_size <= 9_000_000
+    with safe_open(path, "pt") as file:
+        told = json.loads(file.metadata()["config"])["transformer"]
+    assert told["num_heads"] == 3 and told["text_dim"] == 64
+    assert told.get("causal_ar", False) == (kind == "tiny-causal")
+    curve = json.loads((WEIGHTS / f"{kind}.loss.json").read_text())["curve"]
+    assert curve[-1][1] < 0.5 * curve[0][1] or kind == "tiny-next-clip"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_denoises_held_out_clips(kind):
+    scenes = simulate(123_456, 4, 16, cuts=0.0)
+    x0 = TinyCodec.load().encode(render(scenes))
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    mask = block_causal_mask(16, 16, 4) if kind == "tiny-causal" else None
+    with torch.inference_mode():
+        found = load_model(MODELS / f"{kind}.safetensors")(
+            torch.lerp(x0, noise, 0.6), torch.full((4, 16), 0.6), embed_scenes(scenes), mask=mask
+        )
+    error = (found - (noise - x0)).square().mean() / (noise - x0).square().mean()
+    assert float(error) < 0.2
