@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -351,8 +351,3 @@ def _per_frame(sigmas: Iterable[float], x: Tensor) -> Tensor:
 def _check_warmup(node: str, value: int) -> None:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{node}: warm-up is {value!r}; at least 1 step of every chunk must be computed.")
-
-
-def without(acceleration: Acceleration, **changes) -> Acceleration:
-    """A copy with some fields changed."""
-    return replace(acceleration, **changes)

@@ -17,19 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accel.schedule import shifted
+
 from .codec import WEIGHTS, TinyCodec
 from .data import render, simulate
+from .generate import SHIFT
 from .model import MODELS, TinyConfig, TinyWan, load_model, save_model
 from .prompt import embed_scenes
 
 STATE = Path(__file__).with_name("training")
-SHIFT = 3.0
 LENGTHS = (16, 16, 8, 4, 4)  # latent frames of a clip of tiny-df; shorter clips, more of them: more scenes a step
-
-
-def shifted(u: Tensor) -> Tensor:
-    """Noise level at flow time ``u`` in [0, 1] under shift 3."""
-    return SHIFT * u / (1 + (SHIFT - 1) * u)
 
 
 class Muon(torch.optim.Optimizer):
@@ -75,13 +72,13 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 def noise_levels(generator: torch.Generator, clips: int, frames: int, block: int = 4) -> Tensor:
     """Noise level of each latent frame ``[B, T]``: independent, shared or a staircase, half of the clips with a
     clean prefix."""
-    independent = shifted(torch.sigmoid(torch.randn(clips, frames, generator=generator)))
-    shared = shifted(torch.sigmoid(torch.randn(clips, 1, generator=generator))).expand(-1, frames)
+    independent = shifted(torch.sigmoid(torch.randn(clips, frames, generator=generator)), SHIFT)
+    shared = shifted(torch.sigmoid(torch.randn(clips, 1, generator=generator)), SHIFT).expand(-1, frames)
     lag = torch.randint(1, 16, (clips, 1), generator=generator) / 50
     index = torch.arange(frames)[None] // block
     depth = (frames - 1) // block * lag
     start = torch.rand(clips, 1, generator=generator) * (1 + depth) - depth
-    staircase = shifted((start + index * lag).clamp(0, 1))
+    staircase = shifted((start + index * lag).clamp(0, 1), SHIFT)
     pick = torch.rand(clips, 1, generator=generator)
     sigma = torch.where(pick < 0.3, independent, torch.where(pick < 0.55, shared, staircase))
     prefix = torch.randint(1, max(2, frames // 2 + 1), (clips, 1), generator=generator)
@@ -121,7 +118,7 @@ class Objective:
         if self.kind == "tiny-causal":
             return self.causal(model, x0, noise, context, generator)
         if self.kind == "tiny-next-clip":
-            told = shifted(torch.sigmoid(torch.randn(len(x0), 1, generator=generator))).expand(-1, frames)
+            told = shifted(torch.sigmoid(torch.randn(len(x0), 1, generator=generator)), SHIFT).expand(-1, frames)
             history = 4 * (torch.rand(len(x0), 1, generator=generator) < 0.75)
             sigma = torch.where(torch.arange(frames)[None] < history, torch.zeros(()), told)
         else:
@@ -137,7 +134,9 @@ class Objective:
         """Teacher forcing: clean blocks and noisy blocks in one sequence; a noisy block sees the clean ones before
         it."""
         clips, _, frames = x0.shape[:3]
-        sigma = shifted(torch.sigmoid(torch.randn(clips, frames // 4, generator=generator))).repeat_interleave(4, 1)
+        sigma = shifted(torch.sigmoid(torch.randn(clips, frames // 4, generator=generator)), SHIFT).repeat_interleave(
+            4, 1
+        )
         x = torch.lerp(x0, noise, sigma[:, None, :, None, None])
         slip = 0.08 * torch.rand(clips, 1, 1, 1, 1, generator=generator)  # clean history is never perfect when sampled
         history = x0 + slip * torch.randn(x0.shape, generator=generator)
