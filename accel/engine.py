@@ -93,7 +93,7 @@ class SchedulerConfig:
             (``D / D0`` of SCOPE's stability check) is computed instead; None never is.
         warmup: first solver steps of every chunk that are always computed.
 
-    The defaults are what measured best in closed loop on ``tiny-df`` at about 3.5 times fewer FLOPs.
+    The defaults are the row "balanced" of ``make bench`` (``tiny-df``, 3.5 times fewer FLOPs).
     """
 
     thresholds: TriModalConfig = TriModalConfig(0.0, 3.0, decay=1.0, max_skip=4)
