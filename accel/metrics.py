@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -98,7 +99,12 @@ def drift(curve: Sequence[float]) -> float:
 
 
 def ssim(reference: Tensor, video: Tensor, window: int = 11) -> float:
-    """Structural similarity, averaged over pixels and frames; 1 for equal videos.
+    """Structural similarity, averaged over pixels and frames; 1 for equal videos. Arguments as ``ssim_per_frame``."""
+    return fmean(ssim_per_frame(reference, video, window))
+
+
+def ssim_per_frame(reference: Tensor, video: Tensor, window: int = 11) -> list[float]:
+    """Structural similarity of every frame, averaged over batch, channels and pixels.
 
     Gaussian window of ``window`` pixels (sigma 1.5), borders reflected; Wang et al. 2004, as ``kornia.metrics.ssim``.
 
@@ -115,7 +121,7 @@ def ssim(reference: Tensor, video: Tensor, window: int = 11) -> float:
     from kornia.metrics import ssim as similarity
 
     values = [similarity(a.float(), b.float(), window).mean() for a, b in _frames(reference, video)]
-    return float(torch.stack(values).double().mean())
+    return torch.stack(values).double().tolist()
 
 
 def relative_l2(reference: Tensor, latents: Tensor) -> float:

@@ -1,10 +1,13 @@
-"""The nodes of the pack, by file: acceleration (describe), sampler (run), timeline (show), tiny (the demo models)."""
+"""The nodes of the pack, by file: accelerate (one choice), acceleration (describe), sampler (run), timeline and compare
+(show), tiny (the demo models)."""
 
 from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .accelerate import ACCELERATE_NODES
 from .acceleration import ACCELERATION_NODES
+from .compare import COMPARE_NODES
 from .sampler import SAMPLER_NODES
 from .timeline import TIMELINE_NODES
 from .tiny import TINY_NODES
@@ -12,4 +15,6 @@ from .tiny import TINY_NODES
 
 class ARVideoAccelerator(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*SAMPLER_NODES, *ACCELERATION_NODES, *TIMELINE_NODES, *TINY_NODES]
+        return [
+            *ACCELERATE_NODES, *SAMPLER_NODES, *ACCELERATION_NODES, *TIMELINE_NODES, *COMPARE_NODES, *TINY_NODES,
+        ]  # fmt: skip

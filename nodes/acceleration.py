@@ -35,9 +35,16 @@ def described(model: io.Model.Type) -> Acceleration:
 
 def describe(model: io.Model.Type, **parts: object) -> io.Model.Type:
     """A clone of ``model`` with these parts of the acceleration changed."""
+    return describe_all(model, replace(described(model), **parts))
+
+
+def describe_all(model: io.Model.Type, acceleration: Acceleration | None) -> io.Model.Type:
+    """A clone of ``model`` with this acceleration in place of any other; None leaves no trace of one."""
     clone = model.clone()
     options = clone.model_options.setdefault("transformer_options", {})
-    options[OPTION] = replace(described(model), **parts)
+    options.pop(OPTION, None)
+    if acceleration is not None:
+        options[OPTION] = acceleration
     return clone
 
 

@@ -29,11 +29,11 @@ from .job import CAUSAL, CLIP, NODE, Job
 PREVIEW_SECONDS = 0.25
 
 
-def model_regime(model: Any) -> str:
+def model_regime(model: Any, node: str = NODE) -> str:
     """``causal`` for a model with core's K/V protocol, ``frames`` for a Wan model that takes a noise level per frame.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither; the sentence names ``node``.
     """
     network = getattr(model.model, "diffusion_model", None)
     if hasattr(network, "init_kv_caches") and hasattr(network, "init_crossattn_caches"):
@@ -43,7 +43,7 @@ def model_regime(model: Any) -> str:
         return "frames"
     reads = f" reading {network.in_dim} channels" if hasattr(network, "in_dim") else ""
     raise ValueError(
-        f"{NODE}: model is {type(model.model).__name__} ({type(network).__name__}{reads}), which can make no "
+        f"{node}: model is {type(model.model).__name__} ({type(network).__name__}{reads}), which can make no "
         "autoregressive video here; load a Wan text-to-video model trained with diffusion forcing, or a causal Wan "
         "model."
     )

@@ -1,15 +1,19 @@
-"""What the demo and timeline nodes need of ComfyUI's folders, latent space and devices."""
+"""What the nodes need of ComfyUI's files, folders, latent space, devices and messages."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import comfy.latent_formats
 import comfy.model_management
 import folder_paths
 import torch
+from safetensors import safe_open
+from server import PromptServer
 from torch import Tensor
 
 TINY_MODELS = Path(__file__).parents[1] / "demo" / "weights" / "diffusion_models"
@@ -19,6 +23,25 @@ _WAN = comfy.latent_formats.Wan21()
 def register_tiny_models() -> None:
     """Lists the tiny checkpoints in core's Load Diffusion Model."""
     folder_paths.add_model_folder_path("diffusion_models", str(TINY_MODELS))
+
+
+def embedded_model(model: Any) -> tuple[str, Path] | None:
+    """Name and file of the embedded tiny model that a MODEL was loaded from; None for any other model.
+
+    The checkpoint's metadata says it, so a copy under another name is known too.
+    """
+    loader = getattr(model, "cached_patcher_init", None)
+    path = Path(loader[1][0]) if loader and loader[1] and isinstance(loader[1][0], str) else None
+    if path is None or path.suffix != ".safetensors" or not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        told = (file.metadata() or {}).get("tiny")
+    return (json.loads(told)["kind"], path) if told else None
+
+
+def show_text(node_id: str, text: str) -> None:
+    """Shows ``text`` on a node in the browser; nobody may be looking."""
+    PromptServer.instance.send_progress_text(text, node_id)
 
 
 def to_model_space(latents: Tensor) -> Tensor:

@@ -1,0 +1,48 @@
+"""Accelerate AR Video: one choice between exact and fast, from settings that were measured."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..accel.presets import EXACT, PRESETS, QUALITIES, digest
+from .acceleration import CATEGORY, OUTPUT, describe_all
+from .host import model_regime
+from .host_files import embedded_model
+
+NODE = "Accelerate AR Video"
+
+
+class ARVAAccelerate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ARVAAccelerate",
+            display_name=NODE,
+            category=CATEGORY,
+            description="Makes an autoregressive video model faster with settings measured for it. Connect the model "
+            "to an AR Segment Sampler; settings says what was set and on what measurement it rests.",
+            search_aliases=["ar video cache", "speed up video", "teacache", "easycache", "faster wan", "preset"],
+            inputs=[
+                io.Model.Input("model", tooltip="An autoregressive video model. What acceleration nodes before this "
+                               "one set is replaced; those after it change a part."),
+                io.Combo.Input("quality", options=list(QUALITIES), default="balanced",
+                               tooltip="exact computes every model call; high, balanced and fast skip more and more of "
+                               "them, and the video moves further from the exact one."),
+            ],
+            outputs=[
+                io.Model.Output("accelerated", display_name="model", tooltip=OUTPUT),
+                io.String.Output("settings", display_name="settings",
+                                 tooltip="What was set, and the speed and closeness measured with it, in a few lines."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: io.Model.Type, quality: str) -> io.NodeOutput:
+        regime = model_regime(model, NODE)
+        name, path = embedded_model(model) or (None, None)
+        weights = digest(path) if PRESETS.knows(name) else None
+        acceleration = None if quality == EXACT else PRESETS.find(quality, name, regime).acceleration
+        return io.NodeOutput(describe_all(model, acceleration), PRESETS.report(quality, name, regime, weights))
+
+
+ACCELERATE_NODES: list[type[io.ComfyNode]] = [ARVAAccelerate]
