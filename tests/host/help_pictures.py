@@ -2,21 +2,21 @@
 
     python -m tests.host.help_pictures
 
-runs it on a headless ComfyUI with the embedded ``tiny-df`` and renews ``web/docs/ARVACompareRuns/*.png`` and the table
-in that page.
+runs it on a headless ComfyUI with the embedded ``tiny-df`` for every quality and renews the pictures and tables of the
+help pages of Accelerate AR Video and Compare Runs.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from accel.presets import QUALITIES
 from tests.host.comfy import PACK_ROOT, ComfyServer, find_comfy
 
-PAGE = PACK_ROOT / "web" / "docs" / "ARVACompareRuns"
+DOCS = PACK_ROOT / "web" / "docs"
 FRAMES, SHOWN, SCALE, GAP = 28, 7, 2, 4
 START, END = "<!-- table -->", "<!-- end of table -->"
 
@@ -82,22 +82,49 @@ def with_table(page: str, table: str) -> str:
     return f"{before}{START}\n\n{table}\n\n{END}{rest.partition(END)[2]}"
 
 
+def row_of(table: str, name: str) -> str:
+    """The last cell of one row of Compare Runs' table."""
+    line = next(line for line in table.splitlines() if line.startswith(f"| {name} |"))
+    return line.strip("| ").rpartition("|")[2].strip()
+
+
+def qualities_table(tables: dict[str, str]) -> str:
+    """FLOPs and closeness of every quality as Markdown; exact is the reference."""
+    lines = ["| quality | fewer FLOPs | PSNR | SSIM |", "|-|-|-|-|", "| exact | 1.00x | equal | 1 |"]
+    for quality, table in tables.items():
+        lines.append(
+            f"| {quality} | " + " | ".join(row_of(table, key) for key in ("FLOP ratio", "PSNR", "SSIM")) + " |"
+        )
+    return "\n".join(lines)
+
+
+def renew(node: str, table: str, pictures: dict[str, Image.Image]) -> None:
+    """Writes a help page's pictures and the table between its marks."""
+    folder = DOCS / node
+    for name, picture in pictures.items():
+        picture.save(folder / name, optimize=True)
+        print(node, name, (folder / name).stat().st_size, "bytes")
+    page = folder / "en.md"
+    page.write_text(with_table(page.read_text(encoding="utf-8"), table), encoding="utf-8")
+
+
 def main() -> None:
     root = find_comfy()
     if root is None:
         sys.exit("No ComfyUI found; set COMFYUI_PATH.")
+    tables, videos = {}, {}
     with ComfyServer(root) as server:
-        entry = server.run(comparison("tiny-df.safetensors", FRAMES, 50, 5, "fast"), 1800)
-        videos = [images(server, entry, name) for name in ("decode_exact_saved", "decode_saved", "difference")]
-        sheet(videos).quantize(128).save(PAGE / "videos.png", optimize=True)
-        (plot,) = images(server, entry, "plot")
-        plot.quantize(32).save(PAGE / "plot.png", optimize=True)
-        page = PAGE / "en.md"
-        (text,) = entry["outputs"]["compare"]["text"]
-        page.write_text(with_table(page.read_text(encoding="utf-8"), text), encoding="utf-8")
-        print(entry["outputs"]["settings"]["text"][0], text, sep="\n\n")
-    for path in sorted(Path(PAGE).iterdir()):
-        print(path.name, path.stat().st_size)
+        for quality in QUALITIES[1:]:
+            entry = server.run(comparison("tiny-df.safetensors", FRAMES, 50, 5, quality), 1800)
+            (tables[quality],) = entry["outputs"]["compare"]["text"]
+            videos["exact"] = images(server, entry, "decode_exact_saved")
+            videos[quality] = images(server, entry, "decode_saved")
+            print(entry["outputs"]["settings"]["text"][0], tables[quality], sep="\n\n", end="\n\n", flush=True)
+        (plot,), difference = images(server, entry, "plot"), images(server, entry, "difference")
+        compared = sheet([videos["exact"], videos["fast"], difference]).quantize(128)
+        rows = sheet([videos[quality] for quality in QUALITIES]).quantize(128)
+        renew("ARVACompareRuns", tables["fast"], {"plot.png": plot.quantize(32), "videos.png": compared})
+        renew("ARVAAccelerate", qualities_table(tables), {"qualities.png": rows})
 
 
 if __name__ == "__main__":

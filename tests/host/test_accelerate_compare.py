@@ -1,4 +1,4 @@
-"""Accelerate AR Video and Compare Runs in the real ComfyUI: what is set for which model, no trace of exact, refusals."""
+"""Accelerate AR Video and Compare Runs in the real ComfyUI: what is set for which model, no trace of exact, refused."""
 
 from __future__ import annotations
 
