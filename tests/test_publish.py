@@ -58,6 +58,7 @@ def test_it_holds_what_the_pack_needs_and_nothing_of_its_workshop(archive: Path)
     workshop = re.compile(r"(^|/)(tests?|bench|\.ci|\.github|training|output|__pycache__)/|(^|/)train\w*\.py$|Makefile")
     assert [name for name in names if workshop.search(name)] == []
     assert {path.suffix for path in files(archive)} <= KINDS
+    assert [name for name in published_files() if (ROOT / name).is_symlink()] == []
 
 
 def test_its_size_is_bounded(archive: Path) -> None:
