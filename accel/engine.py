@@ -7,6 +7,7 @@ ends.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .call import Call, Decision, Family, Kind
-from .correct import CorrectionConfig, ResidualCorrection
+from .correct import CorrectionConfig, ResidualCorrection, is_scene_cut
 from .history import VelocityHistory
 from .policy import FixedPolicy, Policy, ThresholdPolicy, TriModalConfig, TriModalPolicy
 from .predict import Guards, hold, predict
@@ -159,6 +160,7 @@ class Run:
         self._replay = FixedPolicy(acceleration.replay, rewind=False) if acceleration.replay is not None else None
         self._meter: SignalMeter | None = None
         self._finite: Tensor | None = None
+        self._openings: dict[str, list[float]] = {}
 
     def begin_segment(self, segment: int, frames: int, prefix: int) -> None:
         """Forgets step state: a segment of ``frames`` latent frames starts, of which ``prefix`` are clean history."""
@@ -167,6 +169,7 @@ class Run:
         self._history.clear()
         self._frames, self._finite = frames, None
         self._levels: dict[int, float] = {}
+        self._watching = self._correction is not None
         self._policies = self._make_policies(prefix > 0)
         for policy, _ in self._policies:
             policy.reset()
@@ -181,6 +184,7 @@ class Run:
             self._record(call, None, started, flops=self.denoiser.flops(call, x.shape[2]))
             return velocity, True
         measured, cost = self._measure(call, x)
+        self._watch_for_cut(call, measured)
         forced = self._forced(call)
         decision, told = self._decide(call, measured, forced)
         fields = told | {"flops": cost}
@@ -246,6 +250,18 @@ class Run:
         if self._meter is not None:
             measured |= dict(zip(self._meter.names, values, strict=True))
         return (measured if finite else dict.fromkeys(measured, float("nan"))), cost
+
+    def _watch_for_cut(self, call: Call, measured: dict[str, float]) -> None:
+        """A segment whose first measured increment towers over those of the segments before it is a scene cut: the
+        first segment's trajectory says nothing about it. Noise-level signals look the same in every scene."""
+        for name, value in measured.items() if self._watching else ():
+            if name in SIGNALS and math.isfinite(value):
+                self._watching = False
+                openings = self._openings.setdefault(name, [])
+                if is_scene_cut(value, openings):
+                    self._correction.mark_scene_cut(call.segment)
+                else:
+                    openings.append(value)
 
     def _forced(self, call: Call) -> str | None:
         """Why this call must be computed whatever the policy would say."""

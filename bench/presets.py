@@ -22,7 +22,6 @@ from accel.metrics import psnr, ssim
 from accel.presets import TABLE, acceleration_of, digest
 from accel.sampling import SegmentPlan
 from demo.codec import TinyCodec
-from demo.data import simulate
 from demo.generate import (
     CAUSAL_FRAMES,
     GUIDANCE,
@@ -35,9 +34,8 @@ from demo.generate import (
     start_noise,
 )
 from demo.model import MODELS, TinyWan
-from demo.prompt import embed_scenes
 
-from .__main__ import PROMPTS
+from .runs import prompt
 
 CAUSAL_STEPS = 50
 PLANS = {"tiny-df": PLAN, "tiny-next-clip": NEXT_CLIP_PLAN}
@@ -66,10 +64,9 @@ def run(kind: str, model: TinyWan, context: Tensor, seed: int, acceleration: Acc
 def measure(kind: str, presets: dict[str, dict], seeds: list[int]) -> dict[str, dict[str, float]]:
     """Mean figures of every preset of one model over the seeds."""
     model, codec = load(kind), TinyCodec.load()
-    prompts = embed_scenes(simulate(PROMPTS, max(seeds) + 1, 1))
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in presets}
     for seed in seeds:
-        context = prompts[seed : seed + 1]
+        context = prompt(seed)
         full = run(kind, model, context, seed)
         reference, cost = codec.decode(full.latents), full.timeline.totals()["flops"]
         for name, row in presets.items():
@@ -89,14 +86,19 @@ def mean(rows: list[dict[str, float]]) -> dict[str, float | None]:
 
 
 def rewrite(table: dict, kinds: list[str], seeds: int, command: str) -> None:
-    """Puts new figures of these models into ``table``."""
+    """Measures these models and puts their figures into ``table``."""
     for kind in kinds:
-        entry = table["models"][kind]
-        entry["schedule"] = schedule(kind, load(kind).config.block)
-        told = {"seeds": seeds, "date": date.today().isoformat(), "command": command}
-        told["weights"] = digest(MODELS / f"{kind}.safetensors")
-        for name, figures in measure(kind, entry["presets"], list(range(1, seeds + 1))).items():
-            entry["presets"][name]["measured"] = figures | told
+        store(table, kind, measure(kind, table["models"][kind]["presets"], list(range(1, seeds + 1))), seeds, command)
+
+
+def store(table: dict, kind: str, figures: dict[str, dict], seeds: int, command: str) -> None:
+    """Puts the mean figures of a model's presets into ``table``, with what they rest on."""
+    entry = table["models"][kind]
+    entry["schedule"] = schedule(kind, load(kind).config.block)
+    told = {"seeds": seeds, "date": date.today().isoformat(), "command": command}
+    told["weights"] = digest(MODELS / f"{kind}.safetensors")
+    for name, values in figures.items():
+        entry["presets"][name]["measured"] = values | told
 
 
 def main() -> None:

@@ -22,7 +22,9 @@ class TinyCodec:
     """Encoder and decoder between pixels in [0, 1] and latents.
 
     Attributes:
-        basis: ``[192, 16]`` orthonormal columns. mean: ``[192]``. scale: ``[16]`` standard deviation of each channel.
+        basis: ``[192, 16]`` orthonormal columns. mean: ``[192]``. scale: ``[16]``, what a unit of each channel is
+        in pixels: the root of its standard deviation, so that what fills most of the picture stands out of the noise
+        first and weighs most in a loss.
     """
 
     def __init__(self, basis: Tensor, mean: Tensor, scale: Tensor) -> None:
@@ -41,7 +43,8 @@ class TinyCodec:
         centred = patches - mean
         _, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
         basis = vectors.flip(1)[:, :CHANNELS]
-        scale = (centred @ basis).std(0)
+        deviation = (centred @ basis).std(0)
+        scale = (deviation * deviation.mean()).sqrt()  # half whitened, mean square 1
         return cls(basis.float().contiguous(), mean.float(), scale.float())
 
     def save(self, path: Path) -> None:

@@ -60,11 +60,18 @@ def _uniform(generator: torch.Generator, shape: tuple[int, ...], low: float, hig
     return torch.rand(shape, generator=generator) * (high - low) + low
 
 
+def _apart(generator: torch.Generator, clips: int, draws: int = 4) -> Tensor:
+    """Places ``[B, 3, 2]`` in the unit square: of a few draws, the one whose closest two are farthest apart."""
+    places = torch.rand((clips, draws, MAX_OBJECTS, 2), generator=generator)
+    gaps = (places - places.roll(1, 2)).norm(dim=-1).amin(-1)
+    return places[torch.arange(clips), gaps.argmax(1)]
+
+
 def _motion(generator: torch.Generator, radius: Tensor, gravity: Tensor, frames: int) -> Tensor:
     """Centres ``[B, T, 3, 2]`` of discs that bounce off the walls, with gravity (pixels per frame squared) for some."""
     clips = radius.shape[0]
     low, high = radius[..., None], SIZE - radius[..., None]
-    position = low + (high - low) * torch.rand((clips, MAX_OBJECTS, 2), generator=generator)
+    position = low + (high - low) * _apart(generator, clips)
     angle = _uniform(generator, (clips, MAX_OBJECTS), 0.0, 2 * torch.pi)
     speed = _uniform(generator, (clips, MAX_OBJECTS), 0.4, 1.2)
     velocity = torch.stack((angle.cos(), angle.sin()), -1) * speed[..., None]

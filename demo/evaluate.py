@@ -114,10 +114,11 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=16)
     arguments = parser.parse_args()
     path = WEIGHTS / "quality.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
     for kind in arguments.models:
-        known[kind] = evaluate(kind, arguments.clips)
-        print(json.dumps(known[kind], indent=1))
+        figures = evaluate(kind, arguments.clips)
+        print(json.dumps(figures, indent=1))
+        known = json.loads(path.read_text()) if path.exists() else {}
+        known[kind] = figures
         path.write_text(json.dumps(known, indent=1) + "\n")
 
 

@@ -108,7 +108,7 @@ class Block(nn.Module):
         return _modulate(self.norm1(x), shift, scale)
 
     def forward(
-        self, x: Tensor, e: Tensor, rotations: Tensor, context: Tensor, mask=None, store=None, layer=0
+        self, x: Tensor, e: Tensor, rotations: Tensor, context: Tensor, mask=None, store=None, layer=0, bias=None
     ) -> Tensor:
         """``x`` ``[B, N, D]``, ``e`` ``[B, T, 6, D]`` one row a frame, ``context`` ``[B, L, D]``."""
         shift, scale, gate, shift2, scale2, gate2 = (self.modulation[:, None] + e).unbind(2)
@@ -119,7 +119,7 @@ class Block(nn.Module):
             k, v = store.append(layer, k, v)
         x = x + _gate(self.self_attn.o(attend(q, k, v, mask)), gate)
         q, k, v = self.cross_attn.project(self.norm3(x), context)
-        x = x + self.cross_attn.o(attend(q, k, v))
+        x = x + self.cross_attn.o(attend(q, k, v, bias))
         return x + _gate(self.ffn(_modulate(self.norm2(x), shift2, scale2)), gate2)
 
 
@@ -184,6 +184,7 @@ class TinyWan(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         store=None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Velocity ``[B, C, T, H, W]``.
 
@@ -191,6 +192,7 @@ class TinyWan(nn.Module):
             x: noisy latents ``[B, C, T, H, W]``, H and W even. sigma: noise level of each frame ``[B, T]``.
             context: prompt ``[B, L, text_dim]``. positions: ``[T]`` time positions, default 0..T-1.
             mask: ``[N, N]`` bool, True where a query token may see a key token. store: a K/V store, see ``Block``.
+            bias: ``[1, L]`` added to the attention scores of the prompt tokens, see ``prompt.pack``.
         """
         if positions is None:
             positions = torch.arange(x.shape[2], device=x.device)
@@ -198,7 +200,7 @@ class TinyWan(nn.Module):
         e, e0 = self.embed_time(sigma)
         context = self.text_embedding(context)
         for layer, block in enumerate(self.blocks):
-            tokens = block(tokens, e0, rotations, context, mask, store, layer)
+            tokens = block(tokens, e0, rotations, context, mask, store, layer, bias)
         out = self.head(tokens, e)
         height, width = x.shape[3] // PATCH, x.shape[4] // PATCH
         return rearrange(

@@ -7,6 +7,8 @@ zeros.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,15 @@ def embed_scenes(scenes: Scenes) -> Tensor:
     prompt[:, 0] = VECTORS[torch.where(scenes.gravity, _INDEX["gravity"], _INDEX["float"])]
     prompt[:, 1] = VECTORS[torch.where(scenes.pan, _INDEX["pan"], _INDEX["still"])]
     return prompt
+
+
+def pack(context: Tensor) -> tuple[Tensor, Tensor]:
+    """The prompt tokens that differ ``[B, 6, 64]`` and the attention bias ``[1, 6]`` that makes the last, a zero, count
+    for all the zeros of the padding: the same attention at a tenth of the keys."""
+    used = 2 + MAX_OBJECTS + 1
+    bias = torch.zeros(1, used)
+    bias[0, -1] = math.log(TOKENS - used + 1)
+    return context[:, :used], bias
 
 
 def parse(text: str) -> tuple[list[tuple[int, int]], bool, bool]:

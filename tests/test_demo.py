@@ -48,7 +48,7 @@ def test_the_codec_keeps_33_db_of_held_out_clips():
     assert psnr(clips, codec.decode(codec.encode(clips))) >= 33.0
     latents = codec.encode(clips)
     assert latents.shape == (24, 16, 3, 8, 8)
-    assert torch.allclose(latents.std((0, 2, 3, 4)), torch.ones(16), atol=0.25)
+    assert abs(float(latents.square().mean()) - 1) < 0.15
 
 
 def test_the_codec_refuses_what_it_cannot_code():

@@ -204,3 +204,28 @@ def test_calls_always_sum_to_the_schedule(cache, gap, frames, ar_step):
 def test_settings_that_cannot_be_are_refused_with_the_remedy(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+class CutDenoiser(SmoothDenoiser):
+    """What is on the screen jumps early in the third segment, and only there."""
+
+    def feature(self, kind, call, x):
+        jump = 0.5 * sum(call.sigmas) * (call.segment == 2)
+        return super().feature(kind, call, x) + jump * torch.randn(x.shape[2], 2, dtype=x.dtype)
+
+
+def test_a_scene_cut_switches_the_correction_off_for_its_segment_only():
+    torch.manual_seed(0)
+    plan = SegmentPlan(frames=26, segment=8, overlap=2, block=2, ar_step=3, steps=20)
+    noise = torch.randn(1, 3, 26, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    config = Acceleration(HistoryGuidedConfig(0.5, signal="current"), correction=CorrectionConfig("sigma_linear"))
+    for denoiser, cut in ((SmoothDenoiser(), False), (CutDenoiser(), True)):
+        run = make_run(config, denoiser)
+        video(diffusion_forcing(run, noise, plan, flow_sigmas(20, 3.0)))
+        held = {segment: [] for segment in range(4)}
+        for record in run.timeline.records:
+            if record.corrected is not None:
+                held[record.segment].append(record.corrected)
+        assert all(any(value != 1.0 for value in held[segment]) for segment in (1, 3))
+        assert all(value == 1.0 for value in held[2]) == cut
+        assert ("scene cut" in run.timeline.settings.get("correction", "")) == cut

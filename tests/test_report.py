@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import bench.__main__ as bench
+import bench.ablation as ablation
+import bench.runs as runs
 import demo.__main__ as main
 from accel.sampling import SegmentPlan
 from accel.timeline import Timeline
@@ -28,6 +30,7 @@ def small(monkeypatch):
     for module in (main, bench):
         monkeypatch.setattr(module, "load", load)
         monkeypatch.setattr(module, "PLAN", PLAN)
+    monkeypatch.setattr(runs, "PLAN", PLAN)
     monkeypatch.setattr(main, "CAUSAL_FRAMES", 6)
 
 
@@ -64,6 +67,19 @@ def test_the_bench_writes_a_row_a_method_budget_and_seed(small, monkeypatch, tmp
     assert {row["seed"] for row in rows} == {1, 2}
     assert all(row["flop_ratio"] <= row["budget"] + 1e-9 for row in rows if row["method"] == "fewer-steps")
     assert "| balanced |" in (tmp_path / "quality.md").read_text()
+
+
+def test_the_ablation_runs_every_variant_of_a_group(small, monkeypatch, tmp_path):
+    for name, value in (("load", bench.load), ("PLAN", PLAN)):
+        monkeypatch.setattr(ablation, name, value)
+    groups = ["--groups", "presets", "correction", "fixed"]
+    monkeypatch.setattr(sys, "argv", ["ablation", "--seeds", "1", *groups, "--output", str(tmp_path)])
+    ablation.main()
+    rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
+    assert [row["method"] for row in rows[:5]] == ["balanced", "fast", "none", "sigma_linear", "seg1_l1"]
+    assert len(rows) == 8 and len({row["flop_ratio"] for row in rows[2:5]}) == 1
+    assert all(row["flop_ratio"] > 1 and row["calls"]["predict"] > 0 for row in rows[5:])
+    assert "| balanced |" in (tmp_path / "ablation.md").read_text()
 
 
 def test_intervals_hold_the_mean():

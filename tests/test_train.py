@@ -1,10 +1,15 @@
 import math
+import threading
 
 import torch
 
 from demo.codec import TinyCodec
+from demo.data import render, simulate
 from demo.model import TinyConfig, TinyWan
-from demo.train import Muon, Objective, noise_levels, orthogonalise, teacher_mask
+from demo.prompt import embed_text, pack
+from demo.train import Together
+from demo.train_muon import Muon, orthogonalise
+from demo.train_objective import Objective, noise_levels, teacher_mask
 
 
 def test_newton_schulz_brings_all_singular_values_close_to_one():
@@ -53,3 +58,46 @@ def test_every_regime_gives_a_finite_loss_that_repeats():
             losses = [objective.loss(model, seed).item() for seed in (5, 5, 22)]
         assert losses[0] == losses[1] != losses[2]
         assert all(math.isfinite(loss) and 0.1 < loss < 20 for loss in losses)
+
+
+def test_distillation_gives_a_finite_loss_and_a_perfect_student_has_none():
+    torch.manual_seed(0)
+    config = TinyConfig(dim=48, ffn_dim=64, num_layers=1, num_heads=2)
+    model, teacher = TinyWan(config), TinyWan(config)
+    objective = Objective("tiny-causal", TinyCodec.load(), 1, torch.device("cpu"), teacher)
+    with torch.no_grad():
+        assert 0.01 < objective.loss(model, 5).item() < 20
+        for network in (model, teacher):
+            network.head.head.weight.zero_()
+            network.head.head.bias.fill_(0.25)  # a constant field: its flow lines are straight
+        assert objective.loss(model, 5).item() < 1e-8
+
+
+def test_packed_prompt_gives_the_same_answer():
+    torch.manual_seed(0)
+    model = TinyWan(TinyConfig(dim=48, ffn_dim=64, num_layers=2, num_heads=2)).double()
+    x, sigma = torch.randn(1, 16, 4, 4, 4, dtype=torch.float64), torch.full((1, 4), 0.5)
+    for text in ("red disc, blue square, cyan diamond, gravity, pan", "red disc", ""):
+        context = embed_text(text).double()
+        short, bias = pack(context)
+        torch.testing.assert_close(model(x, sigma, short, bias=bias.double()), model(x, sigma, context))
+
+
+def test_workers_take_the_mean_of_their_parameters():
+    together = Together(2, 4)
+    models = [torch.nn.Linear(3, 1) for _ in range(2)]
+    mean = torch.stack([torch.nn.utils.parameters_to_vector(model.parameters()) for model in models]).mean(0)
+    threads = [threading.Thread(target=together.average, args=pair) for pair in enumerate(models)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    for model in models:
+        torch.testing.assert_close(torch.nn.utils.parameters_to_vector(model.parameters()), mean)
+
+
+def test_coarse_channels_of_the_codec_stand_out_of_the_noise_first():
+    codec = TinyCodec.load()
+    deviation = codec.encode(render(simulate(3, 100, 2))).std((0, 2, 3, 4))
+    assert abs(float(deviation.square().mean()) - 1) < 0.1
+    assert float(deviation[0]) > 1.5 > 0.8 > float(deviation[-1])

@@ -1,0 +1,146 @@
+"""What the tiny models learn from: noise levels, attention masks and losses of their regimes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from accel.schedule import shifted
+
+from .codec import TinyCodec
+from .data import render, simulate
+from .generate import SHIFT
+from .prompt import embed_scenes, pack
+
+LENGTHS = {  # latent frames of a clip, drawn anew each step; shorter clips, more of them: more scenes a step
+    "tiny-df": (16, 16, 16, 8, 4),
+    "tiny-next-clip": (16,),
+    "tiny-causal": (32, 16, 8, 4, 4),
+}
+SUBSTEPS = 16  # of the teacher between noise and clip in consistency distillation
+FEW_STEP_SHIFT = 5.0  # noise-level shift of core's 4-step sampler
+TAUGHT_GUIDANCE = 2.0
+
+
+def noise_levels(generator: torch.Generator, clips: int, frames: int, block: int = 4) -> Tensor:
+    """Noise level of each latent frame ``[B, T]``: independent, shared or a staircase, two thirds of the clips with a
+    clean prefix."""
+    independent = shifted(torch.sigmoid(torch.randn(clips, frames, generator=generator)), SHIFT)
+    shared = shifted(torch.sigmoid(torch.randn(clips, 1, generator=generator)), SHIFT).expand(-1, frames)
+    lag = torch.randint(1, 16, (clips, 1), generator=generator) / 50
+    index = torch.arange(frames)[None] // block
+    depth = (frames - 1) // block * lag
+    start = torch.rand(clips, 1, generator=generator) * (1 + depth) - depth
+    staircase = shifted((start + index * lag).clamp(0, 1), SHIFT)
+    pick = torch.rand(clips, 1, generator=generator)
+    sigma = torch.where(pick < 0.3, independent, torch.where(pick < 0.55, shared, staircase))
+    prefix = torch.randint(1, max(2, frames // 2 + 1), (clips, 1), generator=generator)
+    prefix = torch.where(
+        torch.rand(clips, 1, generator=generator) < 0.6, torch.full_like(prefix, min(block, frames - 1)), prefix
+    )
+    prefix = prefix * (torch.rand(clips, 1, generator=generator) < 0.67)
+    return torch.where(torch.arange(frames)[None] < prefix, torch.zeros(()), sigma)
+
+
+class Objective:
+    """Draws batches of one regime and gives the loss; ``model`` may be compiled.
+
+    Args:
+        clips: clips of 16 frames of one batch; more of shorter ones. teacher: the model whose guided steps a causal one
+            learns to foresee, instead of flow matching.
+    """
+
+    def __init__(
+        self, kind: str, codec: TinyCodec, clips: int, device: torch.device, teacher: nn.Module | None = None
+    ) -> None:
+        self.kind, self.codec, self.count, self.device, self.teacher = kind, codec, clips, device, teacher
+
+    def clips(self, seed: int, frames: int) -> tuple[Tensor, Tensor]:
+        """Latents and prompts of a batch, as many frames in all whatever a clip's length."""
+        scenes = simulate(seed, max(1, self.count * 16 // frames), frames)
+        return self.codec.encode(render(scenes)), embed_scenes(scenes)
+
+    def velocity(
+        self, model: nn.Module, x: Tensor, sigma: Tensor, context: Tensor, positions: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """The model's answer, on its device and in its precision; on the host in fp32."""
+        half = self.device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+        x, sigma, positions = (value.to(self.device) for value in (x, sigma, positions))
+        context, bias = (value.to(self.device) for value in pack(context))
+        mask = None if mask is None else mask.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            return model(x, sigma, context, positions, mask, bias=bias).float().cpu()
+
+    def loss(self, model: nn.Module, seed: int) -> Tensor:
+        """Loss of one batch; the batch follows from the seed alone."""
+        generator = torch.Generator().manual_seed(seed + 1)
+        lengths = LENGTHS[self.kind]
+        frames = lengths[int(torch.randint(len(lengths), (1,), generator=generator))]
+        x0, context = self.clips(seed, frames)
+        context = context * (torch.rand(len(context), 1, 1, generator=generator) >= 0.1)
+        noise = torch.randn(x0.shape, generator=generator)
+        if self.kind == "tiny-causal":
+            return self.causal(model, x0, noise, context, generator)
+        if self.kind == "tiny-next-clip":
+            told = shifted(torch.sigmoid(torch.randn(len(x0), 1, generator=generator)), SHIFT).expand(-1, frames)
+            history = 4 * (torch.rand(len(x0), 1, generator=generator) < 0.75)
+            sigma = torch.where(torch.arange(frames)[None] < history, torch.zeros(()), told)
+        else:
+            told = sigma = noise_levels(generator, len(x0), frames)
+        x = torch.lerp(x0, noise, _wide(sigma))
+        out = self.velocity(model, x, told, context, torch.arange(frames))
+        error = (out - (noise - x0)).square().mean((1, 3, 4))
+        return (error * (sigma > 0)).sum() / (sigma > 0).sum().clamp(min=1)
+
+    def causal(
+        self, model: nn.Module, x0: Tensor, noise: Tensor, context: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Teacher forcing: clean blocks and noisy blocks in one sequence; a noisy block sees the clean ones before
+        it."""
+        clips, _, frames = x0.shape[:3]
+        slip = 0.08 * torch.rand(clips, 1, 1, 1, 1, generator=generator)  # clean history is never perfect when sampled
+        history = x0 + slip * torch.randn(x0.shape, generator=generator)
+        drawn = torch.randn(clips, frames // 4, generator=generator)
+
+        def answer(network: nn.Module, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+            if frames == 4:
+                return self.velocity(network, x, sigma, context, torch.arange(4))
+            told = torch.cat((torch.zeros_like(sigma), sigma), 1)
+            positions, mask = torch.arange(frames).repeat(2), teacher_mask(frames, 16, 4)
+            return self.velocity(network, torch.cat((history, x), 2), told, context, positions, mask)[:, :, frames:]
+
+        if self.teacher is not None:
+            return self.consistency(model, x0, noise, context, torch.special.ndtr(drawn), answer)
+        sigma = shifted(torch.sigmoid(drawn), SHIFT).repeat_interleave(4, 1)
+        return (answer(model, torch.lerp(x0, noise, _wide(sigma)), sigma, context) - (noise - x0)).square().mean()
+
+    def consistency(
+        self, model: nn.Module, x0: Tensor, noise: Tensor, context: Tensor, time: Tensor, answer: Callable
+    ) -> Tensor:
+        """Consistency distillation (Song et al. 2023): the clip foreseen now is the one foreseen after one guided step
+        of the teacher. ``time`` ``[B, blocks]`` uniform in [0, 1]; the first tenth above 0.9 becomes pure noise."""
+        time = (time / 0.9).clamp(max=1).repeat_interleave(4, 1)
+        sigma, after = (shifted(value, FEW_STEP_SHIFT) for value in (time, (time - 1 / SUBSTEPS).clamp(min=0)))
+        x = torch.lerp(x0, noise, _wide(sigma))
+        with torch.no_grad():
+            blank = answer(self.teacher, x, sigma, torch.zeros_like(context))
+            guided = blank + TAUGHT_GUIDANCE * (answer(self.teacher, x, sigma, context) - blank)
+            moved = x + _wide(after - sigma) * guided
+            foreseen = moved - _wide(after) * answer(model, moved, after, context)
+        wanted = (x - foreseen) / _wide(sigma).clamp(min=1e-3)
+        return (answer(model, x, sigma, context) - wanted).square().mean()
+
+
+def _wide(sigma: Tensor) -> Tensor:
+    """``[B, T]`` as a factor of latents ``[B, C, T, H, W]``."""
+    return sigma[:, None, :, None, None]
+
+
+def teacher_mask(frames: int, tokens: int, block: int) -> Tensor:
+    """``[2N, 2N]`` bool for a clean copy followed by a noisy one."""
+    index = (torch.arange(frames * tokens) // (tokens * block)).repeat(2)
+    noisy = torch.arange(2 * frames * tokens) >= frames * tokens
+    earlier, same = index[None] < index[:, None], index[None] == index[:, None]
+    return torch.where(noisy[:, None], (~noisy[None] & earlier) | (noisy[None] & same), ~noisy[None] & (earlier | same))
