@@ -4,37 +4,43 @@ and run on the live server.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
 import av
 import pytest
+import tomllib
 from PIL import Image
 from safetensors.torch import load_file
 
 from accel.timeline import Timeline
 from demo.model import MODELS, TinyConfig, TinyWan, save_model
-from tests.host.comfy import PACK_NAME, ComfyServer
+from tests.host.comfy import PACK_NAME, PACK_ROOT, ComfyServer, PromptError
+from tests.host.workflow_graph import graph_nodes, inputs_of, load_template, slots_agree, to_api, widgets_agree
 from tests.host.workflow_run import (
     AGREEMENT,
     NAMES,
+    OTHERS_WEIGHTS,
+    SAMPLER,
     THUMBNAIL_BYTES,
     WORKFLOWS,
     Graph,
+    SamplerRun,
     disagreement,
     load_graph,
     nodes_of,
+    run_graph,
     run_workflows,
 )
 
-WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-FRONTEND_ONLY = ("MarkdownNote", "Note")
-SEED_CONTROL = ("fixed", "increment", "decrement", "randomize")
+ALL_NAMES = (*NAMES, *OTHERS_WEIGHTS)
 SHORT = {
     "tiny_diffusion_forcing": {"frames": 28, "steps": 8, "ar_step": 2},
+    "tiny_next_clip": {"frames": 28, "steps": 8, "threshold": 0.3},
     "tiny_causal": {"frames": 12},
+    "tiny_accelerate_compare": {"frames": 16, "steps": 8, "ar_step": 2},
 }
 
 
@@ -42,13 +48,14 @@ SHORT = {
 def infos(server: ComfyServer) -> dict[str, Any]:
     """The live schemas, with a stand-in of random weights for a tiny checkpoint that is not there."""
     listed = _checkpoints(server)
-    for config in (TinyConfig(kind="tiny-df"), TinyConfig(kind="tiny-causal", causal_ar=True)):
+    kinds = ("tiny-df", "tiny-next-clip", "tiny-causal")
+    for config in (TinyConfig(kind=kind, causal_ar=kind == "tiny-causal") for kind in kinds):
         if f"{config.kind}.safetensors" not in listed:
             save_model(TinyWan(config), server.models_dir / "diffusion_models" / f"{config.kind}.safetensors")
     return server.object_info()
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=ALL_NAMES)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -58,50 +65,23 @@ def _checkpoints(server: ComfyServer) -> list[str]:
     return next(options["options"] for name, _, options in inputs if name == "unet_name")
 
 
-def load_template(name: str) -> dict[str, Any]:
-    return json.loads((WORKFLOWS / f"{name}.json").read_text())
+def models_of(node: dict[str, Any]) -> list[dict[str, str]]:
+    """What the node says is to be downloaded for it."""
+    return node["properties"].get("models", [])
 
 
-def graph_nodes(template: dict[str, Any]) -> list[dict[str, Any]]:
-    """The nodes that reach the server."""
-    return [node for node in template["nodes"] if node["type"] not in FRONTEND_ONLY]
-
-
-def inputs_of(info: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Name, type and options of every input in the order the frontend lays them out; list types are ``COMBO``."""
-    for group in ("required", "optional"):
-        for name in info["input_order"].get(group, []):
-            kind, *rest = info["input"][group][name]
-            options = dict(rest[0]) if rest else {}
-            if isinstance(kind, list):
-                kind, options = "COMBO", {**options, "options": kind}
-            yield name, kind, options
-
-
-def is_widget(kind: str, options: dict[str, Any]) -> bool:
-    return kind in WIDGET_TYPES and not options.get("forceInput")
-
-
-def widgets_of(info: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """What ``widgets_values`` holds, in order, with the control widget that the frontend adds behind a seed."""
-    widgets = []
-    for name, kind, options in inputs_of(info):
-        if is_widget(kind, options):
-            widgets.append((name, kind, options))
-            if options.get("control_after_generate"):
-                widgets.append((f"{name} control", "COMBO", {"options": list(SEED_CONTROL), "control": True}))
-    return widgets
-
-
-def to_api(template: dict[str, Any], infos: dict[str, Any]) -> Graph:
-    """The graph that the frontend queues for a template: widget values by the schema's order, links over them."""
-    sources = {link: [str(source), slot] for link, source, slot, *_ in template["links"]}
-    graph = {}
-    for node in graph_nodes(template):
-        values = zip(widgets_of(infos[node["type"]]), node["widgets_values"], strict=True)
-        inputs = {name: value for (name, _, options), value in values if not options.get("control")}
-        inputs |= {entry["name"]: sources[entry["link"]] for entry in node["inputs"] if entry["link"] is not None}
-        graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+def with_stand_ins(graph: Graph) -> Graph:
+    """The graph with the tiny causal model in the place of weights that are not part of the pack."""
+    graph = copy.deepcopy(graph)
+    changes = {"unet_name": "tiny-causal.safetensors", "width": 64, "height": 64}
+    swaps = {"CLIPTextEncode": "ARVATinyPrompt", "VAELoader": "ARVATinyCodec"}
+    for node_id, node in list(graph.items()):
+        node["inputs"] |= {key: value for key, value in changes.items() if key in node["inputs"]}
+        if node["class_type"] == "CLIPLoader":
+            del graph[node_id]
+        elif node["class_type"] in swaps:
+            text = {"text": "red disc, float, still"} if "text" in node["inputs"] else {}
+            graph[node_id] = {"class_type": swaps[node["class_type"]], "inputs": text}
     return graph
 
 
@@ -113,30 +93,64 @@ def shortened(name: str, graph: Graph) -> Graph:
 
 
 def test_every_template_has_its_twin_and_its_picture() -> None:
-    assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == sorted(NAMES)
-    assert sorted(path.stem for path in WORKFLOWS.glob("api/*.json")) == sorted(NAMES)
-    for picture in (WORKFLOWS / f"{name}.jpg" for name in NAMES):
+    assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == sorted(ALL_NAMES)
+    assert sorted(path.stem for path in WORKFLOWS.glob("api/*.json")) == sorted(ALL_NAMES)
+    for picture in (WORKFLOWS / f"{name}.jpg" for name in ALL_NAMES):
         assert picture.stat().st_size <= THUMBNAIL_BYTES
         with Image.open(picture) as image:
             assert image.format == "JPEG" and image.width == image.height >= 256
 
 
+def test_every_node_of_the_pack_is_in_a_template(golden: Any) -> None:
+    used = {node["class_type"] for name in ALL_NAMES for node in load_graph(name).values()}
+    assert [node_id for node_id in golden("node_ids") if node_id not in used] == []
+
+
 def test_the_host_offers_the_templates(server: ComfyServer) -> None:
-    assert sorted(server.get_json("/workflow_templates")[PACK_NAME]) == sorted(NAMES)
-    for name in NAMES:
+    assert sorted(server.get_json("/workflow_templates")[PACK_NAME]) == sorted(ALL_NAMES)
+    for name in ALL_NAMES:
         assert server.get_json(f"/api/workflow_templates/{PACK_NAME}/{name}.json") == load_template(name)
         picture = server.get(f"/api/workflow_templates/{PACK_NAME}/{name}.jpg")
         assert picture == (WORKFLOWS / f"{name}.jpg").read_bytes()
 
 
+def test_every_template_tells_in_a_note_what_it_shows(name: str) -> None:
+    notes = [node["widgets_values"][0] for node in load_template(name)["nodes"] if node["type"] == "MarkdownNote"]
+    assert notes and all(note.startswith("## ") and len(note) < 2000 for note in notes)
+
+
+def test_every_node_names_the_pack_it_comes_from(name: str) -> None:
+    version = tomllib.loads((PACK_ROOT / "pyproject.toml").read_text())["project"]["version"]
+    for node in graph_nodes(load_template(name)):
+        ours = node["type"].startswith("ARVA")
+        properties = node["properties"]
+        assert properties["cnr_id"] == (PACK_NAME if ours else "comfy-core"), node["type"]
+        assert properties["ver"] == (version if ours else "0.27.0") and properties["Node name for S&R"] == node["type"]
+
+
+def test_every_model_to_download_has_its_address_and_folder(name: str) -> None:
+    template = load_template(name)
+    notes = "".join(node["widgets_values"][0] for node in template["nodes"] if node["type"] == "MarkdownNote")
+    wanted = [(node, model) for node in graph_nodes(template) for model in models_of(node)]
+    assert bool(wanted) == (name in OTHERS_WEIGHTS)
+    for node, model in wanted:
+        assert sorted(model) == ["directory", "name", "url"] and model["name"] in node["widgets_values"]
+        assert model["url"].startswith("https://huggingface.co/")
+        assert model["url"].endswith(f"/{model['directory']}/{model['name']}")
+        assert model["url"] in notes and f"models/{model['directory']}" in notes
+
+
+def test_no_node_covers_another(name: str) -> None:
+    title_bar = 30
+    boxes = [(node["type"], *node["pos"], *node["size"]) for node in load_template(name)["nodes"]]
+    for (one, x1, y1, w1, h1), (other, x2, y2, w2, h2) in itertools.combinations(boxes, 2):
+        beside = x1 + w1 <= x2 or x2 + w2 <= x1
+        assert beside or y1 + h1 <= y2 - title_bar or y2 + h2 <= y1 - title_bar, f"{one} covers {other}"
+
+
 def test_no_node_is_missing_and_every_slot_is_the_schemas(name: str, infos: dict[str, Any]) -> None:
     for node in graph_nodes(load_template(name)):
-        info = infos.get(node["type"])
-        assert info, f"the host has no {node['type']}"
-        known = {name: kind for name, kind, _ in inputs_of(info)}
-        assert {entry["name"]: entry["type"] for entry in node["inputs"]} == known, node["type"]
-        outputs = [(entry["name"], entry["type"]) for entry in node["outputs"]]
-        assert outputs == list(zip(info["output_name"], info["output"], strict=True)), node["type"]
+        slots_agree(node, infos)
 
 
 def test_every_link_ends_where_its_nodes_say(name: str) -> None:
@@ -148,7 +162,8 @@ def test_every_link_ends_where_its_nodes_say(name: str) -> None:
     for link, source, out, target, into, kind in template["links"]:
         assert link in nodes[source]["outputs"][out]["links"]
         assert nodes[target]["inputs"][into]["link"] == link
-        assert nodes[source]["outputs"][out]["type"] == nodes[target]["inputs"][into]["type"] == kind
+        assert nodes[source]["outputs"][out]["type"] == kind
+        assert nodes[target]["inputs"][into]["type"] in (kind, "*")
     ends = [entry["link"] for node in nodes.values() for entry in node["inputs"] if entry["link"] is not None]
     starts = [link for node in nodes.values() for entry in node["outputs"] for link in entry["links"] or []]
     assert sorted(ends) == sorted(starts) == sorted(links)
@@ -156,17 +171,7 @@ def test_every_link_ends_where_its_nodes_say(name: str) -> None:
 
 def test_every_widget_value_is_one_its_widget_takes(name: str, infos: dict[str, Any]) -> None:
     for node in graph_nodes(load_template(name)):
-        widgets = widgets_of(infos[node["type"]])
-        assert len(node["widgets_values"]) == len(widgets), node["type"]
-        for (widget, kind, options), value in zip(widgets, node["widgets_values"], strict=True):
-            where = f"{node['type']}.{widget} = {value!r}"
-            if kind == "COMBO":
-                assert value in options["options"], where
-            elif kind in ("INT", "FLOAT"):
-                assert isinstance(value, int | float) and not isinstance(value, bool), where
-                assert options.get("min", value) <= value <= options.get("max", value), where
-            else:
-                assert isinstance(value, str if kind == "STRING" else bool), where
+        widgets_agree(node, infos, downloads=[model["name"] for model in models_of(node)])
 
 
 def test_the_template_queues_what_its_twin_says(name: str, infos: dict[str, Any]) -> None:
@@ -181,33 +186,77 @@ def check_run(server: ComfyServer, infos: dict[str, Any], name: str, target: Pat
     graph = change(name, load_graph(name))
     (frames,) = (node["inputs"]["frames"] for node in graph.values() if node["class_type"] == "ARVATinyLatent")
     run = run_workflows(names=[name], target=target, change=change, server=server)[name]
-    assert load_file(run.latent)["latent_tensor"].shape == (1, 16, frames, 8, 8)
-    with av.open(str(run.video)) as container:
-        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    assert len(pictures) == frames and pictures[0].shape == (256, 256, 3)
-    timeline = Timeline.from_json(run.timeline.read_text())
-    assert timeline.rows * timeline.frames_per_row == frames
-    assert timeline.to_json()["totals"] == run.totals
-    assert timeline.summary() == run.report
-    assert "<svg" in run.svg.read_text()
-    calls = run.totals["calls"]
-    assert calls["recompute"] > 0
+    assert len(run.videos) == len(nodes_of(graph, "SaveVideo"))
+    for video in run.videos:
+        pictures = decoded(video)
+        assert len(pictures) == frames and pictures[0].shape == (256, 256, 3)
+    assert list(run.samplers) == nodes_of(graph, SAMPLER)
+    for sampler, made in run.samplers.items():
+        assert load_file(made.latent)["latent_tensor"].shape == (1, 16, frames, 8, 8)
+        check_timeline(made, frames)
+        calls = made.totals["calls"]
+        assert calls["recompute"] > 0
+        if graph[graph[sampler]["inputs"]["model"][0]]["class_type"] == "UNETLoader":
+            assert calls["cache"] == calls["predict"] == 0
+        else:
+            assert calls["cache"] + calls["predict"] > 0, "nothing was skipped"
+            assert made.totals["flop_ratio"] > 1
     (loader,) = nodes_of(graph, "UNETLoader")
     models = (
         MODELS if (MODELS / graph[loader]["inputs"]["unet_name"]).exists() else server.models_dir / "diffusion_models"
     )
     assert disagreement(graph, run, models) <= AGREEMENT
-    if nodes_of(graph, "ARVATriModalScheduler"):
-        assert calls["cache"] + calls["predict"] > 0, "the scheduler skipped nothing"
-        assert run.totals["flop_ratio"] > 1
-    else:
-        assert calls["cache"] == calls["predict"] == 0
+    for compare in nodes_of(graph, "ARVACompareRuns"):
+        (table,) = run.entry["outputs"][compare]["text"]
+        assert "| PSNR | " in table and "measured speed-up" in table
 
 
+def decoded(video: Path) -> list[Any]:
+    with av.open(str(video)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def check_timeline(made: SamplerRun, frames: int) -> None:
+    """The file, the report and the picture of an AR Timeline tell the same."""
+    timeline = Timeline.from_json(made.timeline.read_text())
+    assert timeline.rows * timeline.frames_per_row == frames
+    assert timeline.to_json()["totals"] == made.totals
+    assert timeline.summary() == made.report
+    assert "<svg" in made.svg.read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_workflow_runs_shortened(server: ComfyServer, infos: dict[str, Any], name: str, tmp_path: Path) -> None:
     check_run(server, infos, name, tmp_path, shortened)
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
 def test_the_workflow_runs_as_shipped(server: ComfyServer, infos: dict[str, Any], name: str, tmp_path: Path) -> None:
     check_run(server, infos, name, tmp_path, lambda name, graph: graph)
+
+
+@pytest.mark.parametrize("name", OTHERS_WEIGHTS)
+def test_nothing_but_the_weights_is_missing_for_it(server: ComfyServer, infos: dict[str, Any], name: str) -> None:
+    with pytest.raises(PromptError) as refusal:
+        server.queue(load_graph(name))
+    found = refusal.value.details["node_errors"]
+    downloads = {str(node["id"]): models_of(node) for node in graph_nodes(load_template(name)) if models_of(node)}
+    assert sorted(found) == sorted(downloads)
+    for node_id, (model,) in downloads.items():
+        (reason,) = found[node_id]["errors"]
+        assert reason["type"] == "value_not_in_list"
+        assert reason["extra_info"]["received_value"] == model["name"]
+
+
+def test_the_causal_forcing_workflow_runs_with_a_tiny_model_in_its_place(
+    server: ComfyServer, infos: dict[str, Any], tmp_path: Path
+) -> None:
+    run = run_graph(server, with_stand_ins(load_graph("causal_forcing_fast")), tmp_path)
+    (made,) = run.samplers.values()
+    frames, steps = 21, 4
+    check_timeline(made, frames)
+    assert made.totals["calls"] == {"recompute": frames * steps, "predict": 0, "cache": 0, "commit": frames}
+    assert len(decoded(run.videos[0])) == frames
+    told = next(shown["text"][0] for shown in run.entry["outputs"].values() if "re-noise" in str(shown.get("text")))
+    assert told.startswith("balanced, for tiny-causal") and "every call is computed" in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from accel.engine import Acceleration, SchedulerConfig
+from accel.correct import CorrectionConfig
+from accel.engine import Acceleration, HistoryGuidedConfig, SchedulerConfig
 from accel.policy import TriModalConfig
+from accel.presets import EXACT, PRESETS
 from accel.sampling import SegmentPlan
 from demo import generate
 from demo.model import TinyWan
@@ -33,51 +36,65 @@ def host_latents(path: Path) -> Tensor:
     return (load_file(path)["latent_tensor"] - mean) / deviation
 
 
-def library_latents(graph: dict[str, dict[str, Any]], model: TinyWan) -> Tensor:
-    """The latents of a workflow on a tiny model, in the model's space, from its widgets and links alone.
+def library_latents(graph: dict[str, dict[str, Any]], model: TinyWan, sampler_id: str) -> Tensor:
+    """The latents of one sampler of a workflow on a tiny model, in the model's space, from widgets and links alone.
 
     Args:
-        graph: API format, with one AR Segment Sampler whose mode and solver are not left to the host.
-        model: what the graph's loader would load.
+        graph: API format. model: what the graph's loader would load.
+        sampler_id: an AR Segment Sampler whose mode is not left to the host.
 
     Raises:
         ValueError: the graph holds a setting that this reading of it does not know.
     """
-    (sampler,) = (node["inputs"] for node in graph.values() if node["class_type"] == "ARVASegmentSampler")
+    sampler = graph[sampler_id]["inputs"]
     context, negative = (embed_text(graph[sampler[key][0]]["inputs"]["text"]) for key in ("positive", "negative"))
-    frames = graph[sampler["latent_image"][0]]["inputs"]["frames"]
-    noise = generate.start_noise(sampler["seed"], frames)
+    frames, seed = graph[sampler["latent_image"][0]]["inputs"]["frames"], _number(graph, sampler["seed"])
+    noise = generate.start_noise(seed, frames)
     if negative.any() or sampler["history_noise"] or "sigmas" in sampler:
         raise ValueError("The library's twin knows an empty negative prompt, no history noise and no sigmas input.")
-    acceleration = _acceleration(graph, sampler["model"][0])
+    acceleration = _acceleration(graph, sampler["model"][0], model)
     settings = {"guidance": sampler["cfg"], "shift": sampler["shift"]}
     with torch.inference_mode():
         if sampler["mode"] == "causal blocks":
-            renoise_seed = None if sampler["solver"] == "euler" else sampler["seed"]
-            steps = {"steps": sampler["steps"], "renoise_seed": renoise_seed}
+            steps = {"steps": sampler["steps"], "renoise_seed": None if sampler["solver"] == "euler" else seed}
             return generate.sample_causal(model, context, noise, acceleration, **steps, **settings).latents
-        if sampler["mode"] != "diffusion forcing" or settings.pop("shift") != generate.SHIFT:
-            raise ValueError(f"The library's twin knows mode diffusion forcing with shift {generate.SHIFT:g}.")
+        if sampler["mode"] == "auto" or settings.pop("shift") != generate.SHIFT:
+            raise ValueError(f"The library's twin needs a mode, and shift {generate.SHIFT:g} without causal blocks.")
+        if (sampler["mode"] == "next clip") != (model.config.kind == "tiny-next-clip"):
+            raise ValueError(f"The library's twin samples {model.config.kind} in its own mode only.")
         plan = SegmentPlan(frames, *(sampler[key] for key in ("segment", "overlap", "block", "ar_step", "steps")))
         solver = sampler["solver"].replace("auto", "euler")
         return generate.sample(model, context, noise, acceleration, plan, solver=solver, **settings).latents
 
 
-def _acceleration(graph: dict[str, dict[str, Any]], node_id: str) -> Acceleration:
+def _number(graph: dict[str, dict[str, Any]], value: Any) -> Any:
+    """A widget's value, or that of the primitive node linked to it."""
+    return graph[value[0]]["inputs"]["value"] if isinstance(value, list) else value
+
+
+def _acceleration(graph: dict[str, dict[str, Any]], node_id: str, model: TinyWan) -> Acceleration:
     """What the nodes between the loader and the sampler describe."""
-    parts: dict[str, Any] = {}
-    while (node := graph[node_id])["class_type"] != "UNETLoader":
-        inputs = node["inputs"]
-        if node["class_type"] == "ARVATriModalScheduler":
-            names = ("cache_below", "predict_below", "decay", "max_skip")
-            thresholds = TriModalConfig(*(inputs[key] for key in names))
-            order = int(inputs["order"]) if inputs["order"].isdigit() else inputs["order"]
-            parts["scheduler"] = SchedulerConfig(
-                thresholds, inputs["signal"], order, warmup=inputs["warmup"], reach=inputs["reach"] or None
-            )
-        elif node["class_type"] == "ARVAActiveFrameWindow":
-            parts["suffix_window"] = True
-        else:
-            raise ValueError(f"The library's twin does not know the node {node['class_type']}.")
-        node_id = inputs["model"][0]
-    return Acceleration(**parts)
+    node = graph[node_id]
+    if node["class_type"] == "UNETLoader":
+        return Acceleration()
+    inputs = node["inputs"]
+    if node["class_type"] == "ARVAAccelerate":
+        if inputs["quality"] == EXACT:
+            return Acceleration()
+        regime = "causal" if model.config.causal_ar else "frames"
+        return PRESETS.find(inputs["quality"], model.config.kind, regime).acceleration
+    before = _acceleration(graph, inputs["model"][0], model)
+    if node["class_type"] == "ARVATriModalScheduler":
+        thresholds = TriModalConfig(*(inputs[key] for key in ("cache_below", "predict_below", "decay", "max_skip")))
+        order = int(inputs["order"]) if inputs["order"].isdigit() else inputs["order"]
+        reach = inputs["reach"] or None
+        scheduler = SchedulerConfig(thresholds, inputs["signal"], order, warmup=inputs["warmup"], reach=reach)
+        return replace(before, scheduler=scheduler)
+    if node["class_type"] == "ARVAHistoryGuidedCache":
+        config = HistoryGuidedConfig(*(inputs[key] for key in ("threshold", "signal", "max_skip", "warmup")))
+        return replace(before, history_guided=config)
+    if node["class_type"] == "ARVAResidualCorrection":
+        return replace(before, correction=CorrectionConfig(inputs["source"]))
+    if node["class_type"] == "ARVAActiveFrameWindow":
+        return replace(before, suffix_window=True)
+    raise ValueError(f"The library's twin does not know the node {node['class_type']}.")

@@ -2,7 +2,7 @@
 
     python -m tests.host.workflow_run [--target FOLDER] [--thumbnails] [NAME ...]
 
-prints the report of each, copies its video, timeline (JSON, SVG) and latents to ``FOLDER/NAME`` (default
+prints the report of each sampler, copies the videos, timelines (JSON, SVG) and latents to ``FOLDER/NAME`` (default
 ``demo/output/host``), and makes the same latents with the library alone: it ends with 1 where the two disagree.
 ``--thumbnails`` renews the pictures of the workflow templates from the videos.
 """
@@ -27,9 +27,10 @@ from tests.host.workflow_library import host_latents, library_latents
 
 WORKFLOWS = PACK_ROOT / "workflows"
 TARGET = PACK_ROOT / "demo" / "output" / "host"
-NAMES = ("tiny_diffusion_forcing", "tiny_causal")
+NAMES = ("tiny_diffusion_forcing", "tiny_next_clip", "tiny_causal", "tiny_accelerate_compare")
+OTHERS_WEIGHTS = ("causal_forcing_fast",)  # runs only with checkpoints that are not part of the pack
 SAMPLER, TIMELINE, VIDEO = "ARVASegmentSampler", "ARVATimeline", "SaveVideo"
-LATENT_NODE = "latent"
+LATENT_NODE = "latent of "
 RUN_SECONDS = 1800.0
 AGREEMENT = 1e-3
 THUMBNAIL_ROWS, THUMBNAIL_SIZE, THUMBNAIL_BYTES = 3, 160, 60_000
@@ -38,21 +39,32 @@ Graph = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class SamplerRun:
+    """What one AR Segment Sampler of a workflow made.
+
+    Attributes:
+        latent: a safetensors file; its ``latent_tensor`` is the sampler's LATENT, in core's LATENT space.
+        timeline, svg: the files its AR Timeline saved. report: the timeline in words. totals: of the timeline.
+    """
+
+    latent: Path
+    timeline: Path
+    svg: Path
+    report: str
+    totals: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkflowRun:
     """What one workflow made.
 
     Attributes:
-        video, timeline, svg: the files its output nodes saved. latent: a safetensors file; its ``latent_tensor`` is the
-            sampler's LATENT, in core's LATENT space. report: the timeline in words. totals: of the timeline.
+        videos: the files its Save Video nodes saved, in the graph's order. samplers: by node id, in the graph's order.
         entry: the server's history entry.
     """
 
-    video: Path
-    timeline: Path
-    svg: Path
-    latent: Path
-    report: str
-    totals: dict[str, Any]
+    videos: tuple[Path, ...]
+    samplers: dict[str, SamplerRun]
     entry: dict[str, Any]
 
 
@@ -66,21 +78,26 @@ def nodes_of(graph: Graph, class_type: str) -> list[str]:
     return [node_id for node_id, node in graph.items() if node["class_type"] == class_type]
 
 
-def with_saved_latent(graph: Graph) -> Graph:
-    """A copy of ``graph`` that also saves the latents of its one AR Segment Sampler."""
-    (sampler,) = nodes_of(graph, SAMPLER)
-    save = {"class_type": "SaveLatent", "inputs": {"samples": [sampler, 0], "filename_prefix": "latents/arva"}}
-    return {**copy.deepcopy(graph), LATENT_NODE: save}
+def with_saved_latents(graph: Graph) -> Graph:
+    """A copy of ``graph`` that also saves the latents of every AR Segment Sampler."""
+    saves = {
+        LATENT_NODE + sampler: {
+            "class_type": "SaveLatent",
+            "inputs": {"samples": [sampler, 0], "filename_prefix": "latents/arva"},
+        }
+        for sampler in nodes_of(graph, SAMPLER)
+    }
+    return {**copy.deepcopy(graph), **saves}
 
 
 def run_graph(server: ComfyServer, graph: Graph, target: Path, timeout: float = RUN_SECONDS) -> WorkflowRun:
-    """Queues a graph with one sampler, one timeline and one saved video; copies what it made to ``target``.
+    """Queues a graph whose samplers have an AR Timeline each; copies what it made to ``target``.
 
     Raises:
         PromptError: refused or failed. TimeoutError: not done after ``timeout`` seconds.
     """
-    graph = with_saved_latent(graph)
-    (timeline,), (video,) = nodes_of(graph, TIMELINE), nodes_of(graph, VIDEO)
+    graph = with_saved_latents(graph)
+    timelines = {graph[node_id]["inputs"]["timeline"][0]: node_id for node_id in nodes_of(graph, TIMELINE)}
     entry = server.run(graph, timeout)
     made = entry["outputs"]
     target.mkdir(parents=True, exist_ok=True)
@@ -90,15 +107,26 @@ def run_graph(server: ComfyServer, graph: Graph, target: Path, timeout: float = 
         path = target / name
         return Path(shutil.copyfile(server.output_dir / saved["subfolder"] / saved["filename"], path))
 
+    def sampled(sampler: str, suffix: str) -> SamplerRun:
+        timeline = timelines[sampler]
+        return SamplerRun(
+            latent=fetch(LATENT_NODE + sampler, "latents", f"latent{suffix}.safetensors"),
+            timeline=fetch(timeline, "files", f"timeline{suffix}.json"),
+            svg=fetch(timeline, "images", f"timeline{suffix}.svg"),
+            report=made[timeline]["text"][0],
+            totals=made[timeline]["arva_timeline"][0]["totals"],
+        )
+
     return WorkflowRun(
-        video=fetch(video, "images", "video.mp4"),
-        timeline=fetch(timeline, "files", "timeline.json"),
-        svg=fetch(timeline, "images", "timeline.svg"),
-        latent=fetch(LATENT_NODE, "latents", "latent.safetensors"),
-        report=made[timeline]["text"][0],
-        totals=made[timeline]["arva_timeline"][0]["totals"],
+        videos=tuple(fetch(node, "images", f"video{mark}.mp4") for mark, node in _marked(nodes_of(graph, VIDEO))),
+        samplers={node: sampled(node, mark) for mark, node in _marked(nodes_of(graph, SAMPLER))},
         entry=entry,
     )
+
+
+def _marked(nodes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each node with what its files are marked with: nothing where it is the only one."""
+    return ((f"-{number}" if len(nodes) > 1 else "", node) for number, node in enumerate(nodes, 1))
 
 
 def run_workflows(
@@ -142,28 +170,41 @@ def disagreement(graph: Graph, run: WorkflowRun, models: Path = MODELS) -> float
     """Largest difference between the host's latents and those the library makes of the same graph and checkpoint."""
     (loader,) = nodes_of(graph, "UNETLoader")
     model = load_model(models / graph[loader]["inputs"]["unet_name"])
-    return float((host_latents(run.latent) - library_latents(graph, model)).abs().max())
+    return max(
+        float((host_latents(made.latent) - library_latents(graph, model, sampler)).abs().max())
+        for sampler, made in run.samplers.items()
+    )
 
 
-def thumbnail(video: Path) -> bytes:
-    """A JPEG of frames spread over the video, row by row in a square, as template cards are."""
-    import av
+def thumbnail(videos: Sequence[Path]) -> bytes:
+    """A JPEG of frames spread over each video, row by row in a square, as template cards are.
+
+    Of one video the rows are its thirds; of ``THUMBNAIL_ROWS`` videos each has a row.
+    """
     from PIL import Image
 
-    with av.open(str(video)) as container:
-        frames = [frame.to_image() for frame in container.decode(video=0)]
-    count, size = THUMBNAIL_ROWS**2, THUMBNAIL_SIZE
-    sheet = Image.new("RGB", (size * THUMBNAIL_ROWS, size * THUMBNAIL_ROWS))
-    for index in range(count):
-        row, column = divmod(index, THUMBNAIL_ROWS)
-        frame = frames[round(index * (len(frames) - 1) / (count - 1))]
-        sheet.paste(frame.resize((size, size)), (column * size, row * size))
+    count, size = THUMBNAIL_ROWS, THUMBNAIL_SIZE
+    each = count * count // len(videos)
+    pictures = [picture for video in videos for picture in _spread(video, each)]
+    sheet = Image.new("RGB", (size * count, size * count))
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, count)
+        sheet.paste(picture.resize((size, size)), (column * size, row * size))
     for quality in range(90, 20, -10):
         buffer = BytesIO()
         sheet.save(buffer, "JPEG", quality=quality, optimize=True)
         if buffer.tell() <= THUMBNAIL_BYTES:
             break
     return buffer.getvalue()
+
+
+def _spread(video: Path, count: int) -> list[Any]:
+    """``count`` of a video's frames, first and last among them, as PIL images."""
+    import av
+
+    with av.open(str(video)) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    return [frames[round(index * (len(frames) - 1) / (count - 1))] for index in range(count)]
 
 
 def main() -> None:
@@ -182,10 +223,11 @@ def main() -> None:
     for name, run in run_workflows(root, options.names or NAMES, options.target).items():
         difference = disagreement(load_graph(name), run)
         agree &= difference <= AGREEMENT
-        print(f"{name} in ComfyUI: {run.video}\n{run.report}")
+        for made in run.samplers.values():
+            print(f"{name} in ComfyUI: {made.timeline}\n{made.report}")
         print(f"Latents of ComfyUI and of the library differ by at most {difference:.1e} (allowed {AGREEMENT:g}).\n")
         if options.thumbnails:
-            (WORKFLOWS / f"{name}.jpg").write_bytes(thumbnail(run.video))
+            (WORKFLOWS / f"{name}.jpg").write_bytes(thumbnail(run.videos))
     if not agree:
         sys.exit("ComfyUI and the library disagree.")
 
