@@ -56,7 +56,8 @@ def files(archive: Path, *suffixes: str) -> list[Path]:
 def test_it_holds_what_the_pack_needs_and_nothing_of_its_workshop(archive: Path) -> None:
     names = [path.relative_to(archive).as_posix() for path in files(archive)]
     assert [name for name in REQUIRED if name not in names] == []
-    workshop = re.compile(r"(^|/)(tests?|bench|\.ci|\.github|training|output|__pycache__)/|(^|/)train\w*\.py$|Makefile")
+    folders = r"(^|/)(tests?|bench|headless|\.ci|\.github|training|output|__pycache__)/"
+    workshop = re.compile(folders + r"|(^|/)train\w*\.py$|Makefile")
     assert [name for name in names if workshop.search(name)] == []
     assert {path.suffix for path in files(archive)} <= KINDS
     assert [name for name in published_files() if (ROOT / name).is_symlink()] == []
