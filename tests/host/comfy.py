@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,8 @@ class ComfyServer:
         packs: custom node packs to link in; this one by default.
         extra_args: further command-line flags for ``main.py``.
         start_seconds: how long the server may take until it answers.
+        base: a base directory to use and to keep, for a server that is started again; a throwaway one by default.
+        environment: what to set for the server besides this process's environment.
     """
 
     def __init__(
@@ -107,11 +109,15 @@ class ComfyServer:
         packs: Sequence[Path] = (PACK_ROOT,),
         extra_args: Sequence[str] = (),
         start_seconds: float = START_SECONDS,
+        base: Path | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.root = root
         self.packs = tuple(packs)
         self.extra_args = tuple(extra_args)
         self.start_seconds = start_seconds
+        self.kept_base = base
+        self.environment = dict(environment or {})
         self.client_id = uuid.uuid4().hex
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._events: list[dict[str, Any]] = []
@@ -119,11 +125,12 @@ class ComfyServer:
 
     def __enter__(self) -> ComfyServer:
         self._folder = tempfile.TemporaryDirectory(prefix="comfy-test-", ignore_cleanup_errors=True)
-        self.base = Path(self._folder.name).resolve()
+        self.base = (self.kept_base or Path(self._folder.name)).resolve()
         self._process: subprocess.Popen[bytes] | None = None
         self._listener: _Listener | None = None
         try:
-            make_base_directory(self.base, self.packs)
+            if not (self.base / "custom_nodes").exists():
+                make_base_directory(self.base, self.packs)
             self._start()
             self._listener = _Listener(f"ws://{self._address}/ws?clientId={self.client_id}", self._record)
         except BaseException:
@@ -245,9 +252,10 @@ class ComfyServer:
         command = [str(comfy_python(self.root)), str(self.root / "main.py"), *SERVER_ARGS]
         command += ["--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(self.base)]
         command += ["--database-url", f"sqlite:///{self.base / 'comfyui.db'}", *self.extra_args]
+        environment = {**host_environment(), **self.environment}
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                command, cwd=self.base, env=host_environment(), stdout=log, stderr=subprocess.STDOUT
+                command, cwd=self.base, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
         deadline = time.monotonic() + self.start_seconds
         while not self._answers():
@@ -274,6 +282,10 @@ class ComfyServer:
         except OSError:
             return False
         return True
+
+    def post_json(self, path: str, payload: dict[str, Any]) -> bytes:
+        """The body of the answer to a POST; raises `urllib.error.HTTPError` for what the server refuses."""
+        return self._request(path, payload)
 
     def _request(self, path: str, payload: dict[str, Any] | None = None) -> bytes:
         body = None if payload is None else json.dumps(payload).encode()
