@@ -99,12 +99,21 @@ def test_report_and_timeline_are_string_outputs(server: ComfyServer) -> None:
     assert json.loads(made["json"]["text"][0]) == made[shown]["arva_timeline"][0]
 
 
-def readme_shell_lines() -> str:
-    """The shell block of the README's section on working without a browser."""
+def readme_block(word: str) -> str:
+    """The indented block with ``word`` in the README's section on working without a browser."""
     section = re.search(r"^## Without a browser\n(.*?)^## ", (PACK_ROOT / "README.md").read_text(), re.M | re.S)
     blocks = re.findall(r"(?:^    .*\n)+", section.group(1), re.MULTILINE)
-    (shell,) = (block for block in blocks if "curl" in block)
-    return re.sub("^    ", "", shell, flags=re.MULTILINE)
+    (found,) = (block for block in blocks if word in block)
+    return re.sub("^    ", "", found, flags=re.MULTILINE)
+
+
+def test_the_python_line_of_the_readme_works(server: ComfyServer, tmp_path: Path) -> None:
+    program, script, *arguments = readme_block("headless/").split()
+    assert program == "python" and PACK_ROOT / script == EXAMPLE
+    workflow = PACK_ROOT / arguments.pop()
+    done = run_example(server, *arguments, str(workflow), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "48 latent frames" in (tmp_path / "made" / "report.txt").read_text()
 
 
 def test_the_curl_lines_of_the_readme_work(comfy_root: Path, tmp_path: Path) -> None:
@@ -113,7 +122,7 @@ def test_the_curl_lines_of_the_readme_work(comfy_root: Path, tmp_path: Path) -> 
         pytest.skip("CURL TEST SKIPPED: curl or bash is not on this machine")
     shutil.copytree(PACK_ROOT / "workflows" / "api", tmp_path / "workflows" / "api")
     with ComfyServer(comfy_root) as server:
-        lines = readme_shell_lines().replace(ADDRESS, server.url.removeprefix("http://"))
+        lines = readme_block("curl").replace(ADDRESS, server.url.removeprefix("http://"))
         assert ADDRESS not in lines
         done = subprocess.run(
             ["bash", "-euc", lines + "\necho\necho $id"], cwd=tmp_path, capture_output=True, text=True, timeout=300
