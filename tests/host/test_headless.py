@@ -116,21 +116,21 @@ def test_the_python_line_of_the_readme_works(server: ComfyServer, tmp_path: Path
     assert "48 latent frames" in (tmp_path / "made" / "report.txt").read_text()
 
 
-def test_the_curl_lines_of_the_readme_work(comfy_root: Path, tmp_path: Path) -> None:
-    """On a server of its own, because the last line names the first file that is saved."""
+def test_the_curl_lines_of_the_readme_work(server: ComfyServer, tmp_path: Path) -> None:
     if not (shutil.which("curl") and shutil.which("bash")):
         pytest.skip("CURL TEST SKIPPED: curl or bash is not on this machine")
+    server.free()  # nothing is served from the node cache, and the last line's file is the first of its name
+    shutil.rmtree(server.output_dir / "timeline", ignore_errors=True)
     shutil.copytree(PACK_ROOT / "workflows" / "api", tmp_path / "workflows" / "api")
-    with ComfyServer(comfy_root) as server:
-        lines = readme_block("curl").replace(ADDRESS, server.url.removeprefix("http://"))
-        assert ADDRESS not in lines
-        done = subprocess.run(
-            ["bash", "-euc", lines + "\necho\necho $id"], cwd=tmp_path, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        *printed, prompt_id = done.stdout.strip().splitlines()
-        entry = server.history(prompt_id)
-        assert entry["status"]["status_str"] == "success"
-        (shown,) = (shown for shown in entry["outputs"].values() if "arva_timeline" in shown)
-        assert json.loads((tmp_path / "timeline.json").read_text()) == shown["arva_timeline"][0]
-        assert json.dumps(shown["text"][0]).strip('"') in "\n".join(printed)
+    lines = readme_block("curl").replace(ADDRESS, server.url.removeprefix("http://"))
+    assert ADDRESS not in lines
+    done = subprocess.run(
+        ["bash", "-euc", lines + "\necho\necho $id"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    *printed, prompt_id = done.stdout.strip().splitlines()
+    entry = server.history(prompt_id)
+    assert entry["status"]["status_str"] == "success"
+    (shown,) = (shown for shown in entry["outputs"].values() if "arva_timeline" in shown)
+    assert json.loads((tmp_path / "timeline.json").read_text()) == shown["arva_timeline"][0]
+    assert json.dumps(shown["text"][0]).strip('"') in "\n".join(printed)
