@@ -85,18 +85,18 @@ def run_graph(server: ComfyServer, graph: Graph, target: Path, timeout: float = 
     made = entry["outputs"]
     target.mkdir(parents=True, exist_ok=True)
 
-    def fetch(node_id: str, key: str, name: str) -> Path:
-        (saved,) = made[node_id][key]
-        path = target / name
-        return Path(shutil.copyfile(server.output_dir / saved["subfolder"] / saved["filename"], path))
+    def fetch(saved: dict[str, str], name: str) -> Path:
+        return Path(shutil.copyfile(server.output_dir / saved["subfolder"] / saved["filename"], target / name))
 
+    (files,) = made[timeline]["arva_timeline"]
+    path = fetch(files["json"], "timeline.json")
     return WorkflowRun(
-        video=fetch(video, "images", "video.mp4"),
-        timeline=fetch(timeline, "files", "timeline.json"),
-        svg=fetch(timeline, "images", "timeline.svg"),
-        latent=fetch(LATENT_NODE, "latents", "latent.safetensors"),
+        video=fetch(made[video]["images"][0], "video.mp4"),
+        timeline=path,
+        svg=fetch(files["svg"], "timeline.svg"),
+        latent=fetch(made[LATENT_NODE]["latents"][0], "latent.safetensors"),
         report=made[timeline]["text"][0],
-        totals=made[timeline]["arva_timeline"][0]["totals"],
+        totals=json.loads(path.read_text())["totals"],
         entry=entry,
     )
 
