@@ -116,9 +116,9 @@ class Plot {
       ArrowDown: () => this.move(at.column, (at.row ?? layout.firstRow - 1) + 1),
       Home: () => this.move(0, null),
       End: () => this.move(run.reached - 1, null),
-      "+": () => owner.zoom(1.6, at.column),
-      "=": () => owner.zoom(1.6, at.column),
-      "-": () => owner.zoom(1 / 1.6, at.column),
+      "+": () => this.closer(1.6, at.column),
+      "=": () => this.closer(1.6, at.column),
+      "-": () => this.closer(1 / 1.6, at.column),
       0: () => owner.fit(),
       Escape: () => this.point(null),
     }[event.key];
@@ -126,6 +126,11 @@ class Plot {
     event.preventDefault();
     event.stopPropagation();
     act();
+  }
+
+  closer(factor, column) {
+    this.owner.zoom(factor, column + 0.5);
+    this.owner.view.reveal(column);
   }
 
   move(column, row) {
