@@ -23,7 +23,7 @@ export function quantity(value, unit) {
   return `${figures(value / size)} ${prefix}${unit}`;
 }
 
-/** One run: `records` in order, each with numbers `column`, `start`, `end`, `decision` (index into DECISIONS), ... */
+/** One run: `records` in order of their column; `decision` is an index into DECISIONS, `rows` and `windowRows` are [first, last + 1]. */
 export class Run {
   constructor(header = {}) {
     this.title = header.title ?? "";
@@ -88,47 +88,40 @@ export class Run {
   }
 
   add(record) {
-    if (record.decision < 0 || record.decision >= DECISIONS.length) return;
+    if (!DECISIONS[record.decision]) return;
+    record.rows = [Math.floor(record.start / this.framesPerRow), Math.ceil(record.end / this.framesPerRow)];
+    record.windowRows = [Math.floor(record.windowStart / this.framesPerRow), Math.ceil(record.windowEnd / this.framesPerRow)];
     this.records.push(record);
     this.counts[record.decision] += 1;
     this.reached = Math.max(this.reached, record.column + 1);
     this.columns = Math.max(this.columns, this.reached);
-    this.rows = Math.max(this.rows, Math.ceil(Math.max(record.end, record.windowEnd) / this.framesPerRow));
+    this.rows = Math.max(this.rows, record.rows[1], record.windowRows[1]);
     this.flops += record.flops ?? 0;
     this.seconds += record.seconds ?? 0;
     if (Number.isFinite(record.discrepancy)) this.peak = Math.max(this.peak, record.discrepancy);
     if (Number.isFinite(record.threshold)) this.limit = Math.max(this.limit, record.threshold);
   }
 
-  /** First and last + 1 row that a record touches. */
-  rowsOf(record) {
-    return [Math.floor(record.start / this.framesPerRow), Math.ceil(record.end / this.framesPerRow)];
+  /** Places [first, last) in `records` of those in columns [from, to). Records come sorted by column. */
+  between(from, to) {
+    return [this.place(from), this.place(to)];
   }
 
-  windowRowsOf(record) {
-    return [Math.floor(record.windowStart / this.framesPerRow), Math.ceil(record.windowEnd / this.framesPerRow)];
-  }
-
-  /** Records of columns [from, to); records come nearly sorted by column, so a binary search finds the start. */
-  *between(from, to) {
+  place(column) {
     let low = 0;
     let high = this.records.length;
     while (low < high) {
       const middle = (low + high) >> 1;
-      if (this.records[middle].column < from) low = middle + 1;
+      if (this.records[middle].column < column) low = middle + 1;
       else high = middle;
     }
-    for (let index = low; index < this.records.length && this.records[index].column < to; index++) {
-      yield this.records[index];
-    }
+    return low;
   }
 
   /** The records of one column that touch a row; all of the column where `row` is null. */
   at(column, row = null) {
-    return [...this.between(column, column + 1)].filter((record) => {
-      const [first, last] = this.rowsOf(record);
-      return row === null || (first <= row && row < last);
-    });
+    const found = this.records.slice(...this.between(column, column + 1));
+    return found.filter(({ rows: [first, last] }) => row === null || (first <= row && row < last));
   }
 
   /** Model calls by decision, each CFG branch counted; prefill counts as commit, as in the report. */

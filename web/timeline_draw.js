@@ -108,9 +108,11 @@ export class Layout {
 function visibleRows(run, view) {
   let first = Infinity;
   let last = 0;
-  for (const record of run.between(Math.floor(view.from), Math.ceil(view.to))) {
-    first = Math.min(first, Math.floor(Math.min(record.start, record.windowStart) / run.framesPerRow));
-    last = Math.max(last, Math.ceil(Math.max(record.end, record.windowEnd) / run.framesPerRow));
+  const [begin, end] = run.between(Math.floor(view.from), Math.ceil(view.to));
+  for (let index = begin; index < end; index++) {
+    const { rows, windowRows } = run.records[index];
+    first = Math.min(first, rows[0], windowRows[0]);
+    last = Math.max(last, rows[1], windowRows[1]);
   }
   return last > 0 ? [first, last] : [0, run.rows];
 }
@@ -138,44 +140,53 @@ export function draw(canvas, run, view, theme, width, height, scale = 1) {
   return layout;
 }
 
-/** How the records of one column share a row: those of one cell stand one below the other. */
-function tenants(run, records) {
+/** The rectangles of the records of one column, as [record, from, to] in rows; records of one cell share its height. */
+function pieces(records) {
+  if (records.length === 1) return [[records[0], ...records[0].rows]];
   const sharing = new Map();
   for (const record of records) {
-    const [first, last] = run.rowsOf(record);
-    for (let row = first; row < last; row++) sharing.set(row, [...(sharing.get(row) ?? []), record]);
+    for (let row = record.rows[0]; row < record.rows[1]; row++) {
+      if (sharing.has(row)) sharing.get(row).push(record);
+      else sharing.set(row, [record]);
+    }
   }
-  return sharing;
+  const found = [];
+  for (const [row, tenants] of sharing) {
+    const last = found.at(-1);
+    if (tenants.length === 1 && last?.[0] === tenants[0] && last[2] === row) last[2] = row + 1;
+    else tenants.forEach((record, index) => found.push([record, row + index / tenants.length, row + (index + 1) / tenants.length]));
+  }
+  return found;
 }
 
 function drawCells(context, run, view, layout, theme) {
-  const paint = fills(context, theme);
-  const flat = layout.rowHeight < 5;
+  const paint = layout.cell >= 4 && layout.rowHeight >= 5 ? fills(context, theme) : theme.fills;
   const gap = layout.cell >= 6 ? 0.7 : 0;
-  const column = (records) => {
-    const x = layout.x(records[0].column);
-    context.fillStyle = theme.window;
-    for (const record of records) {
-      const [first, last] = run.windowRowsOf(record);
-      context.fillRect(x, layout.y(first), layout.cell, (last - first) * layout.rowHeight);
-    }
-    for (const [row, sharing] of tenants(run, records)) {
-      const height = layout.rowHeight / sharing.length;
-      sharing.forEach((record, index) => {
-        context.fillStyle = flat ? theme.fills[record.decision] : paint[record.decision];
-        context.fillRect(x, layout.y(row) + index * height, layout.cell - gap, Math.max(height - (flat ? 0 : 0.7), 0.7));
-      });
-    }
-  };
-  let pending = [];
-  for (const record of run.between(Math.floor(view.from), Math.ceil(view.to))) {
-    if (pending.length && pending[0].column !== record.column) {
-      column(pending);
-      pending = [];
-    }
-    pending.push(record);
+  const [begin, end] = run.between(Math.floor(view.from), Math.ceil(view.to));
+  context.fillStyle = theme.window;
+  for (let index = begin; index < end; index++) {
+    const { column, rows, windowRows } = run.records[index];
+    if (windowRows[0] === rows[0] && windowRows[1] === rows[1]) continue;
+    context.fillRect(layout.x(column), layout.y(windowRows[0]), layout.cell, (windowRows[1] - windowRows[0]) * layout.rowHeight);
   }
-  if (pending.length) column(pending);
+  const rectangles = paint.map(() => []);
+  for (let first = begin; first < end; ) {
+    let next = first + 1;
+    while (next < end && run.records[next].column === run.records[first].column) next++;
+    for (const piece of pieces(run.records.slice(first, next))) rectangles[piece[0].decision].push(piece);
+    first = next;
+  }
+  rectangles.forEach((found, decision) => {
+    context.fillStyle = paint[decision];
+    for (const [record, from, to] of found) {
+      context.fillRect(layout.x(record.column), layout.y(from), layout.cell - gap, (to - from) * layout.rowHeight);
+    }
+  });
+  if (layout.rowHeight < 5) return;
+  context.fillStyle = theme.page;
+  for (let row = layout.firstRow + 1; row < layout.lastRow; row++) {
+    context.fillRect(layout.left, layout.y(row) - 0.4, layout.right - layout.left, 0.8);
+  }
 }
 
 const packed = new Map();
@@ -201,16 +212,19 @@ function drawBins(context, run, view, layout, theme, scale) {
   if (counts.length < across * down * kinds) counts = new Uint16Array(across * down * kinds);
   counts.fill(0, 0, across * down * kinds);
   const perBin = (layout.columns / across) || 1;
-  const mark = (record, kind, [first, last]) => {
-    const bin = Math.floor((record.column - layout.from) / perBin);
-    if (bin < 0 || bin >= across) return;
-    const low = Math.max(Math.floor(((first - layout.firstRow) * down) / rows), 0);
-    const top = Math.min(Math.ceil(((last - layout.firstRow) * down) / rows), down);
+  const share = down / rows;
+  const mark = (bin, kind, span) => {
+    const low = Math.max(Math.floor((span[0] - layout.firstRow) * share), 0);
+    const top = Math.min(Math.ceil((span[1] - layout.firstRow) * share), down);
     for (let row = low; row < top; row++) counts[(bin * down + row) * kinds + kind] += 1;
   };
-  for (const record of run.between(Math.floor(view.from), Math.ceil(view.to))) {
-    mark(record, record.decision, run.rowsOf(record));
-    if (record.windowStart !== record.start || record.windowEnd !== record.end) mark(record, kinds - 1, run.windowRowsOf(record));
+  const [begin, end] = run.between(Math.floor(view.from), Math.ceil(view.to));
+  for (let index = begin; index < end; index++) {
+    const { column, decision, rows: span, windowRows } = run.records[index];
+    const bin = Math.floor((column - layout.from) / perBin);
+    if (bin < 0 || bin >= across) continue;
+    mark(bin, decision, span);
+    if (windowRows[0] !== span[0] || windowRows[1] !== span[1]) mark(bin, kinds - 1, windowRows);
   }
   const image = context.createImageData(wide, high);
   const pixels = new Uint32Array(image.data.buffer);
@@ -259,7 +273,9 @@ function drawStrip(context, run, view, layout, theme) {
   const full = fullStrip(run);
   const wide = Math.max(layout.cell, 2);
   const bins = new Map();
-  for (const record of run.between(Math.floor(view.from), Math.ceil(view.to))) {
+  const [begin, end] = run.between(Math.floor(view.from), Math.ceil(view.to));
+  for (let index = begin; index < end; index++) {
+    const record = run.records[index];
     if (!Number.isFinite(record.discrepancy)) continue;
     const bin = Math.floor((layout.x(record.column) - layout.left + 1e-6) / wide);
     const known = bins.get(bin);
@@ -359,13 +375,14 @@ function drawSegments(context, run, view, layout, theme) {
     if (span.to <= view.from || span.from >= view.to) continue;
     const from = Math.max(layout.x(span.from), layout.left);
     const middle = (from + Math.min(layout.x(span.to), layout.right)) / 2;
-    if (span.from > view.from && (span.to - span.from) * layout.cell >= 4) {
+    if (span.from > view.from && (span.to - span.from) * layout.cell >= 16) {
       context.moveTo(Math.round(from) + 0.5, 2);
       context.lineTo(Math.round(from) + 0.5, layout.strip ? layout.stripBottom : layout.bottom);
     }
     if (middle - lastLabel >= 26) {
       const first = lastLabel === -Infinity;
-      context.fillText(first ? `segment ${span.segment}` : String(span.segment), middle, 11);
+      const at = first ? Math.max(middle, layout.left + 28) : middle;
+      context.fillText(first ? `segment ${span.segment}` : String(span.segment), at, 11);
       lastLabel = middle + (first ? 20 : 0);
     }
   }

@@ -139,7 +139,7 @@ class Plot {
     owner.view.reveal(to);
     owner.redraw(true);
     const records = run.at(to);
-    const [first, last] = records.length ? run.rowsOf(records[0]) : [0, 1];
+    const [first, last] = records.length ? records[0].rows : [0, 1];
     const inside = row === null || !run.at(to, row).length ? Math.min(Math.max(row ?? first, first), last - 1) : row;
     this.point(to, inside, [this.layout.x(to), this.layout.y(inside)], true);
   }
