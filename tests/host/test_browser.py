@@ -65,7 +65,7 @@ def frontend(request: pytest.FixtureRequest, chromium_browser: Any, server: Comf
 
 
 def short(seed: int, frames: int = 28) -> dict[str, Any]:
-    """The diffusion-forcing template on a short clip, with a seed and an id of its own, so that nothing is cached and no
+    """The diffusion-forcing template on a short clip, with a seed and an id of its own: nothing is cached, and no
     earlier run is shown."""
     workflow = template("tiny_diffusion_forcing", ARVATinyLatent={0: frames}, ARVASegmentSampler={0: seed})
     return workflow | {"id": str(uuid4())}
