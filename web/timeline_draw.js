@@ -167,7 +167,7 @@ function drawCells(context, run, view, layout, theme) {
   for (let index = begin; index < end; index++) {
     const { column, rows, windowRows } = run.records[index];
     if (windowRows[0] === rows[0] && windowRows[1] === rows[1]) continue;
-    context.fillRect(layout.x(column), layout.y(windowRows[0]), layout.cell, (windowRows[1] - windowRows[0]) * layout.rowHeight);
+    context.fillRect(layout.x(column), layout.y(windowRows[0]), layout.cell + 0.6, (windowRows[1] - windowRows[0]) * layout.rowHeight);
   }
   const rectangles = paint.map(() => []);
   for (let first = begin; first < end; ) {

@@ -185,6 +185,10 @@ export class TimelineWidget {
     this.observer = new ResizeObserver(() => this.redraw());
     this.observer.observe(this.plot.element);
     this.observer.observe(this.second.element);
+    this.palette = new MutationObserver(() => this.refresh());
+    for (const element of [document.documentElement, document.body]) {
+      this.palette.observe(element, { attributes: true, attributeFilter: ["class", "style"] });
+    }
     this.refresh();
   }
 
@@ -408,6 +412,7 @@ export class TimelineWidget {
 
   remove() {
     this.observer.disconnect();
+    this.palette.disconnect();
     if (this.frame) cancelAnimationFrame(this.frame);
     this.element.remove();
   }
