@@ -185,7 +185,10 @@ export class TimelineWidget {
     this.observer = new ResizeObserver(() => this.redraw());
     this.observer.observe(this.plot.element);
     this.observer.observe(this.second.element);
-    this.palette = new MutationObserver(() => this.refresh());
+    this.palette = new MutationObserver(() => {
+      const dark = this.element.classList.contains("arva-dark");
+      if ((this.theme() === THEMES.dark) !== dark) this.refresh();
+    });
     for (const element of [document.documentElement, document.body]) {
       this.palette.observe(element, { attributes: true, attributeFilter: ["class", "style"] });
     }
