@@ -1,6 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
+WEB := tests/web/node_modules/.installed
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: venv demo test test-long lint bench clean
@@ -13,14 +14,18 @@ $(STAMP): requirements.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+$(WEB): tests/web/package.json
+	@if command -v npm >/dev/null && npm install --prefix tests/web --no-package-lock --no-audit --no-fund --silent; then touch $@; \
+	else echo "NPM COULD NOT INSTALL VITEST: the tests of web/ will be skipped"; fi
+
 demo: venv
 	$(BIN)/python -m demo
 	$(BIN)/python -m tests.host.workflow_run
 
-test: venv
+test: venv $(WEB)
 	$(BIN)/python -m pytest -q
 
-test-long: venv
+test-long: venv $(WEB)
 	$(BIN)/python -m pytest -q -m "" --hypothesis-profile=long
 
 bench: venv

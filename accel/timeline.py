@@ -8,6 +8,7 @@ JSON (``Timeline.to_json``, version 1)::
      "frames_per_row": 5,                  row r shows latent frames [r * frames_per_row, (r + 1) * frames_per_row)
      "branches": 2,                        CFG branches of a guided call
      "title": "", "schedule": {}, "settings": {},
+     "remark": null,                       why nothing was skipped and what to change, where that is so
      "records": [{
         "segment": 0, "iteration": 12,     iteration inside the segment, from 0
         "column": 12,                      iteration inside the whole run: order of first appearance
@@ -50,7 +51,7 @@ from statistics import median
 from typing import Any
 
 from .call import Call, Decision, Kind
-from .timeline_report import log_line, summary
+from .timeline_report import log_line, summary, why_nothing_skipped
 from .timeline_svg import render
 
 VERSION = 1
@@ -233,6 +234,7 @@ class Timeline:
                 "title": self.title,
                 "schedule": self.schedule,
                 "settings": self.settings,
+                "remark": self.remark(),
                 "records": records,
                 "totals": self.totals(),
             }
@@ -265,6 +267,10 @@ class Timeline:
     def to_svg(self) -> str:
         """A stand-alone picture: rows over iterations, and the discrepancy against its threshold."""
         return render(self)
+
+    def remark(self) -> str | None:
+        """Why nothing was skipped and what to change; None where something was."""
+        return why_nothing_skipped(self)
 
     def log_line(self) -> str:
         """One line for the log."""

@@ -14,6 +14,7 @@ import asyncio
 import json
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ async def fetch(session: aiohttp.ClientSession, prompt: str, target: Path) -> li
     texts, files = [], []
     for shown in entry["outputs"].values():
         texts += shown.get("text", [])
-        for item in (*shown.get("images", []), *shown.get("files", [])):
+        for item in saved_files(shown):
             async with session.get("/view", params=item) as answer:
                 answer.raise_for_status()
                 files.append(target / item["filename"])
@@ -79,6 +80,15 @@ async def fetch(session: aiohttp.ClientSession, prompt: str, target: Path) -> li
     report = target / "report.txt"
     report.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     return [report, *files]
+
+
+def saved_files(shown: Any) -> Iterator[dict[str, str]]:
+    """What a node's output names as saved: ``{"filename", "subfolder", "type"}``, wherever it stands."""
+    if isinstance(shown, dict) and "filename" in shown:
+        yield {key: shown[key] for key in ("filename", "subfolder", "type")}
+    elif isinstance(shown, dict | list):
+        for item in shown.values() if isinstance(shown, dict) else shown:
+            yield from saved_files(item)
 
 
 async def run(server: str, graph: dict[str, Any], target: Path) -> list[Path]:

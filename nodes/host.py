@@ -24,6 +24,7 @@ from ..accel.call import Call
 from ..accel.engine import Acceleration, Run
 from ..accel.timeline import Timeline
 from .host_denoiser import CausalHostDenoiser, HostDenoiser, per_frame_sampling
+from .host_live import Audience
 from .job import CAUSAL, CLIP, NODE, Job
 
 PREVIEW_SECONDS = 0.25
@@ -83,9 +84,10 @@ def video_latent(model: Any, latent: dict[str, Any]) -> dict[str, Any]:
 
 def sample_segments(
     model: Any, positive: list, negative: list, latent: dict[str, Any], job: Job, acceleration: Acceleration,
-    timeline: Timeline,
+    timeline: Timeline, hidden: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Runs ``job`` and returns the LATENT; ``timeline`` is filled on the way."""
+    """Runs ``job`` and returns the LATENT; ``timeline`` is filled on the way, before the eyes of whom ``hidden`` (the
+    node's hidden inputs ``prompt`` and ``extra_pnginfo``) names."""
     samples, given = latent["samples"], 0
     if job.mode == CAUSAL:
         _check_one_branch(model, positive)
@@ -94,16 +96,18 @@ def sample_segments(
         model = model.clone()
         model.add_object_patch("model_sampling", per_frame_sampling(model.get_model_object("model_sampling")))
     timeline.columns = job.calls(given) + bool(given)
+    audience = Audience(timeline, getattr(hidden, "prompt", None), getattr(hidden, "extra_pnginfo", None))
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(job.cfg)
     video = guider.sample(
         comfy.sample.prepare_noise(samples, job.seed, latent.get("batch_index")),
         samples,
-        SegmentSampler(job, acceleration, timeline, Progress(model, job.calls(given))),
+        SegmentSampler(job, acceleration, timeline, Progress(model, job.calls(given), audience)),
         job.table.float(),
         seed=job.seed,
     )
+    audience.tell(done=True)
     return latent | {"samples": video.to(comfy.model_management.intermediate_device())}
 
 
@@ -163,9 +167,11 @@ class SegmentSampler(comfy.samplers.Sampler):
 
 
 class Progress:
-    """Progress bar in model calls with the growing clip as a film strip; checks for interrupts between calls."""
+    """Progress bar in model calls, the growing clip as a film strip and the growing timeline; checks for interrupts
+    between calls."""
 
-    def __init__(self, model: Any, calls: int) -> None:
+    def __init__(self, model: Any, calls: int, audience: Audience) -> None:
+        self.audience = audience
         self.bar = comfy.utils.ProgressBar(calls)
         self.calls, self.done, self.shown = calls, 0, 0.0
         self.previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
@@ -186,6 +192,7 @@ class Progress:
         self.strip[:, call.offset : end] = latents[0]
         self.reached = max(self.reached, call.offset + call.frames[0] + _started(call))
         self.bar.update_absolute(self.done, self.calls, self._preview())
+        self.audience.tell()
 
     def _preview(self):
         now = time.monotonic()

@@ -61,6 +61,7 @@ class ARVASegmentSampler(io.ComfyNode):
                                     tooltip="What every model call did, for AR Timeline."),
                 io.String.Output("report", display_name="report", tooltip="The same in a few lines of text."),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )  # fmt: skip
 
     @classmethod
@@ -72,7 +73,7 @@ class ARVASegmentSampler(io.ComfyNode):
         acceleration = described(model)
         job.check(acceleration)
         timeline = job.timeline(acceleration)
-        latent = sample_segments(model, positive, negative, latent, job, acceleration, timeline)
+        latent = sample_segments(model, positive, negative, latent, job, acceleration, timeline, cls.hidden)
         logging.info(timeline.log_line())
         return io.NodeOutput(latent, timeline, timeline.summary())
 

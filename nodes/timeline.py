@@ -49,13 +49,12 @@ class ARVATimeline(io.ComfyNode):
 
     @classmethod
     def execute(cls, timeline: Timeline, filename_prefix: str) -> io.NodeOutput:
-        data, report = timeline.to_json(), timeline.summary()
-        text = json.dumps(data)
+        text, report = json.dumps(timeline.to_json()), timeline.summary()
         saved = save_texts(filename_prefix, {"json": text, "svg": timeline.to_svg()})
         return io.NodeOutput(
             report,
             text,
-            ui={"arva_timeline": [data], "text": [report], "images": [saved["svg"]], "files": [saved["json"]]},
+            ui={"arva_timeline": [saved], "text": [report]},
         )
 
 

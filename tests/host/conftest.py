@@ -1,16 +1,20 @@
-"""Fixtures of the tests that need the real ComfyUI; without one they are skipped, and the summary says so."""
+"""Fixtures of the tests that need the real ComfyUI or a browser; without one they are skipped, and the summary says
+so."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.host.browser import chromium, missing
 from tests.host.comfy import ComfyServer, find_comfy
 
 NO_COMFY = "no ComfyUI found; set COMFYUI_PATH"
 _skipped = pytest.StashKey[bool]()
+skipped_browser = pytest.StashKey[str]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,6 +29,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if config.stash.get(_skipped, False):
         terminalreporter.section("HOST TESTS SKIPPED", red=True, bold=True)
         terminalreporter.write_line(f"HOST TESTS SKIPPED: {NO_COMFY}", red=True, bold=True)
+    reason = config.stash.get(skipped_browser, None)
+    if reason:
+        terminalreporter.section("BROWSER TESTS SKIPPED", red=True, bold=True)
+        terminalreporter.write_line(f"BROWSER TESTS SKIPPED: {reason}", red=True, bold=True)
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +43,17 @@ def comfy_root(request: pytest.FixtureRequest) -> Path:
         request.config.stash[_skipped] = True
         pytest.skip(f"HOST TESTS SKIPPED: {NO_COMFY}")
     return root
+
+
+@pytest.fixture(scope="session")
+def chromium_browser(request: pytest.FixtureRequest, comfy_root: Path) -> Iterator[Any]:
+    """Debian's Chromium."""
+    reason = missing()
+    if reason:
+        request.config.stash[skipped_browser] = reason
+        pytest.skip(f"BROWSER TESTS SKIPPED: {reason}")
+    with chromium() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

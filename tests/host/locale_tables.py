@@ -16,7 +16,7 @@ from typing import Any
 from tests.host.comfy import PACK_ROOT, ComfyServer, find_comfy
 
 LOCALES = PACK_ROOT / "locales"
-FILES = ("main", "nodeDefs", "settings")
+FILES = ("main", "nodeDefs", "settings", "commands")
 PREFIX = "ARVA"
 
 

@@ -136,6 +136,17 @@ def test_categories_and_types_are_translated(nodes: dict[str, dict[str, Any]]) -
         assert main["dataTypes"].keys() == sockets
 
 
+def test_settings_and_commands_of_the_frontend_are_translated() -> None:
+    code = (PACK_ROOT / "web" / "timeline.js").read_text(encoding="utf-8")
+    (setting,) = re.findall(r'const TOASTS = "(.*?)"', code)
+    (command, label), (name,) = (
+        re.findall(r'id: "(.*?)", label: "(.*?)"', code)[0],
+        re.findall(r'name: "(Tell.*?)"', code),
+    )
+    assert read("en", "settings")[setting.replace(".", "_")]["name"] == name
+    assert read("en", "commands")[command.replace(".", "_")]["label"] == label
+
+
 def test_comfyui_serves_both_languages(server: ComfyServer) -> None:
     served = server.get_json("/i18n")
     for language in sorted(path.name for path in LOCALES.iterdir()):

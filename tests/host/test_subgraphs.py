@@ -128,6 +128,7 @@ def test_it_runs_in_the_place_of_the_nodes_it_holds(
     outputs = server.run({**kept, "latent": latent, **inner, **shown})["outputs"]
     (inside,) = (key for key, node in inner.items() if node["class_type"] == "ARVATimeline")
     assert outputs["report"]["text"] == outputs[inside]["text"] == outputs["timeline"]["text"]
-    (data,) = outputs[inside]["arva_timeline"]
+    saved = outputs[inside]["arva_timeline"][0]["json"]
+    data = json.loads((server.output_dir / saved["subfolder"] / saved["filename"]).read_text())
     assert data["totals"]["calls"]["predict"] > 0 and data["rows"] == frames // 4
     assert outputs["video"]["latents"]

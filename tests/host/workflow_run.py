@@ -102,23 +102,24 @@ def run_graph(server: ComfyServer, graph: Graph, target: Path, timeout: float = 
     made = entry["outputs"]
     target.mkdir(parents=True, exist_ok=True)
 
-    def fetch(node_id: str, key: str, name: str) -> Path:
-        (saved,) = made[node_id][key]
-        path = target / name
-        return Path(shutil.copyfile(server.output_dir / saved["subfolder"] / saved["filename"], path))
+    def fetch(saved: dict[str, str], name: str) -> Path:
+        return Path(shutil.copyfile(server.output_dir / saved["subfolder"] / saved["filename"], target / name))
 
-    def sampled(sampler: str, suffix: str) -> SamplerRun:
-        timeline = timelines[sampler]
+    def sampled(sampler: str, mark: str) -> SamplerRun:
+        shown = made[timelines[sampler]]
+        (files,) = shown["arva_timeline"]
+        timeline = fetch(files["json"], f"timeline{mark}.json")
         return SamplerRun(
-            latent=fetch(LATENT_NODE + sampler, "latents", f"latent{suffix}.safetensors"),
-            timeline=fetch(timeline, "files", f"timeline{suffix}.json"),
-            svg=fetch(timeline, "images", f"timeline{suffix}.svg"),
-            report=made[timeline]["text"][0],
-            totals=made[timeline]["arva_timeline"][0]["totals"],
+            latent=fetch(made[LATENT_NODE + sampler]["latents"][0], f"latent{mark}.safetensors"),
+            timeline=timeline,
+            svg=fetch(files["svg"], f"timeline{mark}.svg"),
+            report=shown["text"][0],
+            totals=json.loads(timeline.read_text())["totals"],
         )
 
+    videos = _marked(nodes_of(graph, VIDEO))
     return WorkflowRun(
-        videos=tuple(fetch(node, "images", f"video{mark}.mp4") for mark, node in _marked(nodes_of(graph, VIDEO))),
+        videos=tuple(fetch(made[node]["images"][0], f"video{mark}.mp4") for mark, node in videos),
         samplers={node: sampled(node, mark) for mark, node in _marked(nodes_of(graph, SAMPLER))},
         entry=entry,
     )
