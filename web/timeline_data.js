@@ -8,6 +8,7 @@ export const MEANING = {
   cache: "the last velocity was reused",
   commit: "clean keys and values were written",
   prefill: "given frames were read into the K/V store",
+  inactive: "shown to the model, not denoised",
 };
 const PREFIXES = [["E", 1e18], ["P", 1e15], ["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]];
 
@@ -40,6 +41,7 @@ export class Run {
     this.stopped = null;
     this.records = [];
     this.counts = DECISIONS.map(() => 0);
+    this.inactive = false;
     this.reached = 0;
     this.peak = 0;
     this.limit = 0;
@@ -93,6 +95,7 @@ export class Run {
     record.windowRows = [Math.floor(record.windowStart / this.framesPerRow), Math.ceil(record.windowEnd / this.framesPerRow)];
     this.records.push(record);
     this.counts[record.decision] += 1;
+    this.inactive ||= record.rows[0] !== record.windowRows[0] || record.rows[1] !== record.windowRows[1];
     this.reached = Math.max(this.reached, record.column + 1);
     this.columns = Math.max(this.columns, this.reached);
     this.rows = Math.max(this.rows, record.rows[1], record.windowRows[1]);

@@ -6,14 +6,14 @@ import { DECISIONS, figures } from "./timeline_data.js";
 
 export const THEMES = {
   light: {
-    page: "#ffffff", text: "#24292f", soft: "#57606a", window: "#e1e6ec", frame: "#8c959f", limit: "#b42318",
-    fills: ["#0072b2", "#e69f00", "#b3e0f8", "#009e73", "#cc79a7"],
-    marks: ["", "#ffffff", "#0b5c8a", "#ffffff", "#ffffff"],
+    page: "#ffffff", text: "#24292f", soft: "#57606a", frame: "#8c959f", limit: "#b42318",
+    fills: ["#0072b2", "#e69f00", "#b3e0f8", "#009e73", "#cc79a7", "#e1e6ec"],
+    marks: ["", "#ffffff", "#0b5c8a", "#ffffff", "#ffffff", "#a5afba"],
   },
   dark: {
-    page: "#16191d", text: "#e6edf3", soft: "#a8b2bd", window: "#2b323b", frame: "#6e7681", limit: "#ff8f7d",
-    fills: ["#56b4e9", "#e69f00", "#14425c", "#009e73", "#cc79a7"],
-    marks: ["", "#16191d", "#a9dcf7", "#16191d", "#16191d"],
+    page: "#16191d", text: "#e6edf3", soft: "#a8b2bd", frame: "#6e7681", limit: "#ff8f7d",
+    fills: ["#56b4e9", "#e69f00", "#14425c", "#009e73", "#cc79a7", "#2b323b"],
+    marks: ["", "#16191d", "#a9dcf7", "#16191d", "#16191d", "#56616d"],
   },
 };
 const MARKS = [
@@ -22,7 +22,10 @@ const MARKS = [
   [[1, 1.5, 2.6, 1.5], [4, 4.5, 5.6, 4.5]],
   [[0, 0, 6, 6], [0, 6, 6, 0]],
   [[0, 1.5, 6, 1.5], [0, 4.5, 6, 4.5]],
+  [[2.4, 3, 3.6, 3]],
 ];
+/** Place in `fills` and `marks` of latent frames that the model was shown and that were not denoised. */
+export const INACTIVE = DECISIONS.length;
 const LEFT = 46;
 const RIGHT = 44;
 const TOP = 16;
@@ -36,8 +39,8 @@ const tiles = new Map();
 
 function fills(context, theme) {
   if (!tiles.has(theme)) {
-    tiles.set(theme, DECISIONS.map((_, decision) => {
-      if (!MARKS[decision]) return theme.fills[decision];
+    tiles.set(theme, MARKS.map((lines, decision) => {
+      if (!lines) return theme.fills[decision];
       const tile = document.createElement("canvas");
       tile.width = tile.height = 12;
       const pen = tile.getContext("2d");
@@ -46,7 +49,7 @@ function fills(context, theme) {
       pen.fillRect(0, 0, 6, 6);
       pen.strokeStyle = theme.marks[decision];
       pen.lineWidth = 1.4;
-      for (const [x0, y0, x1, y1] of MARKS[decision]) {
+      for (const [x0, y0, x1, y1] of lines) {
         pen.beginPath();
         pen.moveTo(x0, y0);
         pen.lineTo(x1, y1);
@@ -163,13 +166,13 @@ function drawCells(context, run, view, layout, theme) {
   const paint = layout.cell >= 4 && layout.rowHeight >= 5 ? fills(context, theme) : theme.fills;
   const gap = layout.cell >= 6 ? 0.7 : 0;
   const [begin, end] = run.between(Math.floor(view.from), Math.ceil(view.to));
-  context.fillStyle = theme.window;
+  context.fillStyle = paint[INACTIVE];
   for (let index = begin; index < end; index++) {
     const { column, rows, windowRows } = run.records[index];
     if (windowRows[0] === rows[0] && windowRows[1] === rows[1]) continue;
     context.fillRect(layout.x(column), layout.y(windowRows[0]), layout.cell + 0.6, (windowRows[1] - windowRows[0]) * layout.rowHeight);
   }
-  const rectangles = paint.map(() => []);
+  const rectangles = DECISIONS.map(() => []);
   for (let first = begin; first < end; ) {
     let next = first + 1;
     while (next < end && run.records[next].column === run.records[first].column) next++;
@@ -229,7 +232,7 @@ function drawBins(context, run, view, layout, theme, scale) {
   const image = context.createImageData(wide, high);
   const pixels = new Uint32Array(image.data.buffer);
   pixels.fill(pixel(theme.page));
-  const colours = [...theme.fills, theme.window].map(pixel);
+  const colours = theme.fills.map(pixel);
   const edge = high / down >= 8 ? 1 : 0;
   for (let bin = 0; bin < across; bin++) {
     const x0 = Math.floor((bin * wide) / across);

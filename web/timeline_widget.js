@@ -2,7 +2,7 @@
 // Knows the DOM and nothing of ComfyUI; `timeline.js` puts it on nodes.
 
 import { DECISIONS, MEANING, Run, View, compareRuns } from "./timeline_data.js";
-import { THEMES, draw, swatch } from "./timeline_draw.js";
+import { INACTIVE, THEMES, draw, swatch } from "./timeline_draw.js";
 
 const WAITING = "No run yet: queue the workflow, and this fills while the video is sampled.";
 const HELP = "Drag or arrow keys move, + and - zoom, 0 shows everything. Click once to zoom with the wheel.";
@@ -325,12 +325,14 @@ export class TimelineWidget {
     const counts = this.run?.calls() ?? {};
     const names = DECISIONS.filter((name) => counts[name] || (this.run && ["recompute", "predict", "cache"].includes(name)));
     const theme = this.theme();
+    const entry = (name, place, text) => {
+      const sample = make("canvas", { width: "14", height: "12", "aria-hidden": "true" });
+      swatch(sample, place, theme);
+      return make("span", { role: "listitem", title: `${name}: ${MEANING[name]}` }, sample, text);
+    };
     this.calls.replaceChildren(
-      ...names.map((name) => {
-        const sample = make("canvas", { width: "14", height: "12", "aria-hidden": "true" });
-        swatch(sample, DECISIONS.indexOf(name), theme);
-        return make("span", { role: "listitem", title: `${name}: ${MEANING[name]}` }, sample, `${name} ${counts[name]}`);
-      }),
+      ...names.map((name) => entry(name, DECISIONS.indexOf(name), `${name} ${counts[name]}`)),
+      ...(this.run?.inactive ? [entry("inactive", INACTIVE, "inactive")] : []),
     );
   }
 

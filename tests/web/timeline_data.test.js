@@ -44,6 +44,12 @@ describe("a finished run", () => {
     expect(Run.fromJson(json(["cache"], { totals })).facts()).toEqual([["K/V", "2 GB"], ["kernels", "relative_l1, euler"]]);
   });
 
+  it("knows whether frames were shown to the model without being denoised", () => {
+    const narrow = json(["cache"]);
+    narrow.records[0].window = [0, 8];
+    expect([run.inactive, Run.fromJson(narrow).inactive]).toEqual([true, false]);
+  });
+
   it("describes a record with everything that was measured", () => {
     const told = Run.fromJson(json(["predict"]));
     Object.assign(told.records[0], { order: 2, error: 0.0123, corrected: 0.9, forced: "cap", seconds: 0.004 });
