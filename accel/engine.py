@@ -159,7 +159,8 @@ class Run:
         self._policies: list[tuple[Policy, str | None]] = []
         self._replay = FixedPolicy(acceleration.replay, rewind=False) if acceleration.replay is not None else None
         self._meter: SignalMeter | None = None
-        self._finite: Tensor | None = None
+        self._checks: Tensor | None = None
+        self._checked = 0
         self._openings: dict[str, list[float]] = {}
 
     def begin_segment(self, segment: int, frames: int, prefix: int) -> None:
@@ -167,7 +168,7 @@ class Run:
         if self._history is None or self._history.frames != frames:
             self._history = VelocityHistory(frames, depth=3)
         self._history.clear()
-        self._frames, self._finite = frames, None
+        self._frames, self._checks = frames, None
         self._levels: dict[int, float] = {}
         self._watching = self._correction is not None
         self._policies = self._make_policies(prefix > 0)
@@ -241,12 +242,15 @@ class Run:
                 features[kind] = self.denoiser.feature(kind, call, x)
                 cost += self.denoiser.feature_flops(kind, call, x.shape[2])
             pending.append(self._meter.measure(features, call))
-        flagged = self._finite is not None
-        if flagged:
-            pending.append(self._finite)
-            self._finite = None
+        checked = self._checks is not None
+        if checked:
+            pending.append(self._checks)
+            self._checks = None
         values = torch.cat(pending).tolist() if pending else []
-        finite = values.pop() == 1.0 if flagged else True
+        finite = True
+        if checked:
+            error, finite = values.pop(), values.pop() == 1.0
+            self.timeline.told_error(self._checked, error)
         if self._meter is not None:
             measured |= dict(zip(self._meter.names, values, strict=True))
         return (measured if finite else dict.fromkeys(measured, float("nan"))), cost
@@ -323,10 +327,28 @@ class Run:
         kept = velocity
         if call.family is Family.RENOISE:
             kept = x.float() - _per_frame(call.sigmas, x) * velocity.float()
+        expected = self._expected(call, kept)
         self._history.push(call.frames, call.sigmas, kept, call.active)
         if self._correction is not None:
             self._correction.record(call.segment, call.frames, call.sigmas, velocity, call.active)
-        self._finite = torch.isfinite(velocity).all().reshape(1).float()
+        self._checks = torch.stack((torch.isfinite(velocity).all().float(), expected))
+        self._checked = len(self.timeline.records)
+
+    def _expected(self, call: Call, kept: Tensor) -> Tensor:
+        """Relative L2 error of what a skip would have answered in place of ``kept`` (the window's true velocity, or
+        x0), over the active frames; NaN where there was nothing to answer with. Stays on the device: it is read with
+        the next signal."""
+        frames = call.active_frames
+        counts = self._history.count(frames)
+        if not counts or min(counts) == 0:
+            return torch.full((), math.nan, device=kept.device)
+        first, last = frames[0] - call.frames[0], frames[1] - call.frames[0]
+        config, true = self.acceleration.scheduler, kept[:, :, first:last].float()
+        if config is None or call.family is Family.RENOISE or max(counts) < 2:
+            answer = hold(self._history, frames)
+        else:
+            answer = predict(self._history, frames, call.sigmas[first:last], config.order, config.guards)
+        return (answer - true).norm() / true.norm()
 
     def _skip(self, call: Call, x: Tensor, decision: Decision) -> tuple[Tensor, dict]:
         frames = call.active_frames

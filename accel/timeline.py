@@ -23,7 +23,8 @@ JSON (``Timeline.to_json``, version 1)::
         "threshold": 0.18,
         "order": null,                     order of the prediction
         "corrected": null,                 lambda of the residual correction
-        "error": null,                     predicted against true velocity, relative, where both are known
+        "error": null,                     of a computed call: relative L2 error of the prediction (or of the held
+                                           velocity) that would have stood in its place, where there was one
         "flops": 0, "seconds": 0.002}],    of this record, all branches
      "totals": {
         "calls": {"recompute": 212, "predict": 120, "cache": 158, "commit": 0},
@@ -44,7 +45,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from numbers import Integral, Real
 from statistics import median
@@ -181,6 +182,11 @@ class Timeline:
         )
         self.add(entry)
         return entry
+
+    def told_error(self, index: int, error: float) -> None:
+        """Fills in the prediction error of a record that is there already; one that is not finite is left out."""
+        if math.isfinite(error):
+            self.records[index] = replace(self.records[index], error=error)
 
     def column(self, record: StepRecord) -> int:
         """Column of a record: iterations of the whole run in order of first appearance."""

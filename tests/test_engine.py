@@ -9,6 +9,7 @@ from accel.call import Decision, Kind
 from accel.correct import CorrectionConfig
 from accel.engine import Acceleration, HistoryGuidedConfig, SchedulerConfig
 from accel.policy import TriModalConfig
+from accel.predict import Guards, extrapolate
 from accel.sampling import SegmentPlan, causal_blocks, diffusion_forcing
 from accel.schedule import flow_sigmas
 from tests.fakes import SmoothDenoiser, make_run, video
@@ -126,6 +127,51 @@ def test_no_prediction_reaches_further_than_allowed():
     assert forced.count("reach") > 0
     calls = [tested.timeline.totals()["calls"]["recompute"] for tested in (free, run)]
     assert calls[0] < calls[1] < 2 * PLAN.calls()
+
+
+class RememberingDenoiser(SmoothDenoiser):
+    def __init__(self):
+        super().__init__()
+        self.answers = []
+
+    def velocity(self, call, x):
+        self.answers.append(super().velocity(call, x))
+        return self.answers[-1]
+
+
+@pytest.mark.parametrize("order", [None, 1, 2])
+def test_a_computed_call_says_how_wrong_a_skip_would_have_been(order):
+    plan = SegmentPlan(frames=8, segment=8, block=2, steps=12)
+    free = Guards(None, None, None)
+    if order is None:
+        acceleration = Acceleration(history_guided=HistoryGuidedConfig(1e-9, signal="current"))
+    else:
+        acceleration = scheduler(0.0, 1e-9, order=order, guards=free)
+    denoiser = RememberingDenoiser()
+    noise = torch.randn(1, 3, 8, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    run = make_run(acceleration, denoiser)
+    video(diffusion_forcing(run, noise, plan, flow_sigmas(12, 3.0)))
+    records, true, levels = run.timeline.records, denoiser.answers, [record.sigma for record in run.timeline.records]
+    assert {record.decision for record in records} == {"recompute"}
+    assert records[0].error is None, "there was nothing to answer with"
+    assert records[-1].error is None, "the last call has no later signal to ride on"
+    for index in range(1, len(records) - 1):
+        newest = [torch.tensor(levels[index - 1 :: -1][:3]), torch.stack(true[index - 1 :: -1][:3])]
+        answer = extrapolate(newest[0], newest[1].float(), levels[index], order or 0)
+        missed = float((answer - true[index]).norm() / true[index].norm())
+        assert records[index].error == pytest.approx(missed, rel=1e-3, abs=1e-6)
+
+
+def test_a_skipped_call_has_no_error_and_a_better_prediction_has_a_smaller_one():
+    means = []
+    for order in (1, 2):
+        _, run = sample(scheduler(0.0, 0.4, order=order))
+        assert all(record.error is None for record in run.timeline.records if record.decision != "recompute")
+        errors = [record.error for record in run.timeline.records if record.error is not None]
+        assert len(errors) > 10 and all(0 <= error < 1 for error in errors)
+        means.append(sum(errors) / len(errors))
+    assert means[1] < means[0]
+    assert "predicted against true velocity" in run.timeline.summary()
 
 
 def test_a_velocity_that_is_not_finite_is_never_reused():
