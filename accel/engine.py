@@ -301,12 +301,18 @@ class Run:
         told = {"discrepancy": policy.accumulated, "threshold": policy.threshold, "increment": value, "forced": None}
         if decision is Decision.RECOMPUTE:
             told["forced"] = policy.reason if policy.reason not in (None, "threshold") else None
-            if told["forced"] == "no history" and call.family is Family.RENOISE:
+            if call.family is Family.RENOISE and (told["forced"] == "no history" or self._only_predicts):
                 told["forced"] = "fresh noise"
             for other in self._policies:
                 if other[0] is not policy:
                     other[0].force()
         return decision, told
+
+    @property
+    def _only_predicts(self) -> bool:
+        """Whether the thresholds never hold a velocity, so that where none can be predicted every call is computed."""
+        scheduler = self.acceleration.scheduler
+        return self._replay is None and scheduler is not None and scheduler.thresholds.tau_cache == 0.0
 
     def _too_far(self, call: Call) -> bool:
         """Whether predicting this call would extrapolate some active frame beyond ``SchedulerConfig.reach``."""

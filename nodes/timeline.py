@@ -19,8 +19,8 @@ class ARVATimeline(io.ComfyNode):
             node_id="ARVATimeline",
             display_name="AR Timeline",
             category="AR Video",
-            description="Saves the timeline of an AR video run as JSON and as a picture: which model calls were "
-            "recomputed, predicted or served from the cache, why, and what that saved.",
+            description="Saves the timeline of an AR video run as JSON, as a picture and in words: which model calls "
+            "were recomputed, predicted or served from the cache, why, and what that saved.",
             search_aliases=["cache report", "skipped steps", "ar video report", "timeline"],
             is_output_node=True,
             inputs=[
@@ -50,7 +50,7 @@ class ARVATimeline(io.ComfyNode):
     @classmethod
     def execute(cls, timeline: Timeline, filename_prefix: str) -> io.NodeOutput:
         text, report = json.dumps(timeline.to_json()), timeline.summary()
-        saved = save_texts(filename_prefix, {"json": text, "svg": timeline.to_svg()})
+        saved = save_texts(filename_prefix, {"json": text, "svg": timeline.to_svg(), "txt": report})
         return io.NodeOutput(
             report,
             text,

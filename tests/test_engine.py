@@ -203,10 +203,12 @@ def test_with_fresh_noise_only_x0_is_held_which_equals_dropping_the_step():
     assert bool(held.isfinite().all())
 
 
-def test_with_fresh_noise_nothing_is_predicted():
-    run = make_run(scheduler(0.0, 1e9))
+@pytest.mark.parametrize("threshold", [0.01, 1e9])
+def test_with_fresh_noise_nothing_is_predicted_and_no_threshold_is_blamed(threshold):
+    run = make_run(scheduler(0.0, threshold))
     list(causal_blocks(run, NOISE.float(), 2, torch.tensor([1.0, 0.9, 0.8, 0.6, 0.0]), renoise_seed=5))
     assert run.timeline.totals()["calls"]["predict"] == 0
+    assert "use fewer steps, or Euler" in run.timeline.summary() and "threshold" not in run.timeline.summary()
 
 
 def test_joined_policies_skip_only_where_both_agree():

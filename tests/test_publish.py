@@ -28,7 +28,7 @@ REQUIRED = (
     "__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "nodes/__init__.py",
     "accel/presets.json", "demo/weights/tiny-codec.safetensors", "demo/weights/diffusion_models/tiny-df.safetensors",
     "web/docs/ARVASegmentSampler/en.md", "locales/en/nodeDefs.json", "locales/zh/nodeDefs.json",
-    "subgraphs/accelerated_ar_video.json", "workflows/api/tiny_causal.json", "workflows/tiny_causal.jpg",
+    "subgraphs/Accelerated AR video.json", "workflows/api/tiny_causal.json", "workflows/tiny_causal.jpg",
 )  # fmt: skip
 
 

@@ -287,7 +287,8 @@ def test_the_nodes_are_offered_with_a_tooltip_everywhere(server: ComfyServer) ->
 def test_sampler_inputs_keep_their_order(server: ComfyServer) -> None:
     info = server.object_info("ARVASegmentSampler")["ARVASegmentSampler"]
     order = "model positive negative latent_image seed steps cfg mode segment overlap block ar_step solver shift"
-    assert info["input_order"] == {"required": [*order.split(), "history_noise"], "optional": ["sigmas"]}
+    visible = {kind: names for kind, names in info["input_order"].items() if kind != "hidden"}
+    assert visible == {"required": [*order.split(), "history_noise"], "optional": ["sigmas"]}
     assert info["output"] == ["LATENT", "ARVA_TIMELINE", "STRING"]
     assert info["output_name"] == ["latent", "timeline", "report"]
 

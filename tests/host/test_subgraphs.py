@@ -20,7 +20,7 @@ from tests.host.workflow_graph import (
 )
 from tests.host.workflow_run import load_graph
 
-NAME = "accelerated_ar_video"
+NAME = "Accelerated AR video"
 CONTROL = "control_after_generate"
 
 

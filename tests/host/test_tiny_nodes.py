@@ -85,6 +85,7 @@ folder = folder_paths.get_output_directory()
 answer["timeline"] = {
     "files": sorted(os.listdir(os.path.join(folder, "runs"))),
     "svg": open(os.path.join(folder, "runs", "tl_00001_.svg"), encoding="utf-8").read(),
+    "words": open(os.path.join(folder, "runs", "tl_00001_.txt"), encoding="utf-8").read(),
     "saved": json.load(open(os.path.join(folder, "runs", "tl_00001_.json"), encoding="utf-8")),
     "shown": saved[0].ui["arva_timeline"],
     "text": saved[0].ui["text"],
@@ -97,6 +98,8 @@ answer["without tooltip"] = [f"{name}.{io.id}" for name, io in sockets if not io
 answer["model folders"] = folder_paths.get_folder_paths("diffusion_models")
 print(json.dumps(answer))
 """
+
+KINDS = ("json", "svg", "txt")
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +153,12 @@ def test_wrong_inputs_are_refused_in_a_sentence_that_names_node_and_remedy(answe
 
 def test_a_timeline_is_saved_numbered_listed_and_shown(answer: dict[str, Any]) -> None:
     told = answer["timeline"]
-    assert told["files"] == [f"tl_0000{number}_.{kind}" for number in (1, 2) for kind in ("json", "svg")]
-    files = {kind: {"filename": f"tl_00001_.{kind}", "subfolder": "runs", "type": "output"} for kind in ("json", "svg")}
+    assert told["files"] == [f"tl_0000{number}_.{kind}" for number in (1, 2) for kind in KINDS]
+    files = {kind: {"filename": f"tl_00001_.{kind}", "subfolder": "runs", "type": "output"} for kind in KINDS}
     assert told["shown"] == [files]
     assert ElementTree.fromstring(told["svg"]).tag.endswith("svg")
     report, text = told["outputs"]
-    assert told["text"] == [report] and json.loads(text) == told["saved"]
+    assert told["text"] == [report] == [told["words"]] and json.loads(text) == told["saved"]
     again = Timeline.from_json(told["saved"])
     assert again.totals()["calls"] == {"recompute": 2, "predict": 0, "cache": 2, "commit": 0}
     assert again.summary() == report
