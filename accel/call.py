@@ -57,6 +57,8 @@ class Call:
         offset: latent frame of the whole video at which the segment starts.
         family: sampler family.
         total_steps: N, solver steps of a latent frame.
+        queries: latent frames ``[start, end)`` of the segment that are forwarded where K/V are kept: the rest of the
+            window answers with its kept keys and values. None where nothing is kept: the whole window is forwarded.
     """
 
     kind: Kind
@@ -69,6 +71,7 @@ class Call:
     offset: int = 0
     family: Family = Family.ODE
     total_steps: int = 0
+    queries: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         start, end = self.frames

@@ -9,19 +9,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .call import Call, Decision, Family, Kind
+from .chunks import ChunkConfig, ChunkDecision, ChunkPolicies, active_chunks
 from .correct import CorrectionConfig, ResidualCorrection, is_scene_cut
 from .history import VelocityHistory
+from .kv.frozen import FrozenConfig, FrozenWindow
 from .policy import FixedPolicy, Policy, ThresholdPolicy, TriModalConfig, TriModalPolicy
 from .predict import Guards, hold, predict
-from .signals import HOST_SIGNALS, SIGNALS, SignalMeter, level_step, remember_levels, resolve_history_signal
+from .readback import Readback
+from .signals import (
+    HOST_SIGNALS,
+    SIGNALS,
+    SignalMeter,
+    level_step,
+    planned_changes,
+    remember_levels,
+    resolve_history_signal,
+)
 from .timeline import Timeline
 
 
@@ -39,7 +50,7 @@ class Denoiser(Protocol):
     recomputes_history: bool
 
     def velocity(self, call: Call, x: Tensor) -> Tensor:
-        """Guided velocity of the window ``x``."""
+        """Guided velocity of the window ``x``, or of the latent frames ``call.queries`` of it alone."""
         ...
 
     def feature(self, kind: str, call: Call, x: Tensor) -> Tensor:
@@ -47,11 +58,22 @@ class Denoiser(Protocol):
         ...
 
     def flops(self, call: Call, frames: int) -> int:
-        """Cost of this call for a window of ``frames`` latent frames, all branches (``flops.CONVENTION``)."""
+        """Cost of forwarding ``frames`` latent frames, all branches (``flops.CONVENTION``): they attend to one
+        another, or to the whole window where ``call.queries`` says that the rest of it is kept."""
         ...
 
     def feature_flops(self, kind: str, call: Call, frames: int) -> int:
         """Cost of ``feature``."""
+        ...
+
+    def keep(self, frames: int) -> None:
+        """A segment of ``frames`` latent frames starts whose K/V are to be kept (only asked where a call has
+        ``queries``)."""
+        ...
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the kept K/V; 0 where none are."""
         ...
 
 
@@ -125,6 +147,11 @@ class Acceleration:
         correction: Residual Correction, replaces the held velocity on CACHE.
         suffix_window: Active Frame Window: latent frames that have not started are left out of the forward (SCOPE eq.
             8-9).
+        frozen_window: Active Frame Window: only latent frames that advance are forwarded; all others answer with the
+            K/V of their last forward.
+        shared_prefix: Shared Prefix Cache (Ca2-VDM): the history of a segment is forwarded once and answers with kept
+            K/V from then on.
+        chunks: Chunk Cache: decisions chunk by chunk, in place of ``history_guided`` and ``scheduler``.
         replay: decisions to take instead of any policy, one list for the whole run.
         compute_last: whether the last call of a segment is always computed.
     """
@@ -133,13 +160,20 @@ class Acceleration:
     scheduler: SchedulerConfig | None = None
     correction: CorrectionConfig | None = None
     suffix_window: bool = False
+    frozen_window: FrozenConfig | None = None
+    shared_prefix: FrozenConfig | None = None
+    chunks: ChunkConfig | None = None
     replay: tuple[Decision, ...] | None = None
     compute_last: bool = True
 
-    @property
-    def skips(self) -> bool:
-        """Whether any call can be skipped at all."""
-        return self.history_guided is not None or self.scheduler is not None or self.replay is not None
+    def __post_init__(self) -> None:
+        others = {"History-Guided Cache": self.history_guided, "Tri-Modal Scheduler": self.scheduler}
+        others["a list of decisions"] = self.replay
+        other = next((name for name, part in others.items() if part is not None), None)
+        if self.chunks is not None and other is not None:
+            raise ValueError(
+                f"Chunk Cache: decides chunk by chunk, {other} for the whole window; use one of the two on a model."
+            )
 
     @property
     def warmup(self) -> int:
@@ -159,22 +193,37 @@ class Run:
         self._policies: list[tuple[Policy, str | None]] = []
         self._replay = FixedPolicy(acceleration.replay, rewind=False) if acceleration.replay is not None else None
         self._meter: SignalMeter | None = None
-        self._checks: Tensor | None = None
-        self._checked = 0
+        self._checks = Readback()
+        self._checked: list[int] = []
         self._openings: dict[str, list[float]] = {}
+        self._frozen: FrozenWindow | None = None
+        self._chunks: ChunkPolicies | None = None
+        self._planned: dict[tuple[float, ...], list[float]] = {}
 
-    def begin_segment(self, segment: int, frames: int, prefix: int) -> None:
-        """Forgets step state: a segment of ``frames`` latent frames starts, of which ``prefix`` are clean history."""
+    def begin_segment(
+        self, segment: int, frames: int, prefix: int, chunk: int = 1, table: Sequence[float] = ()
+    ) -> None:
+        """Forgets step state: a segment of ``frames`` latent frames starts, of which ``prefix`` are clean history.
+
+        ``chunk`` latent frames are denoised together, each along the noise levels ``table``."""
         if self._history is None or self._history.frames != frames:
             self._history = VelocityHistory(frames, depth=3)
         self._history.clear()
-        self._frames, self._checks = frames, None
+        self._frames, self._checks, self._checked = frames, Readback(), []
         self._levels: dict[int, float] = {}
         self._watching = self._correction is not None
         self._policies = self._make_policies(prefix > 0)
         for policy, _ in self._policies:
             policy.reset()
+        self._frozen = self._freeze(frames, prefix)
+        config = self.acceleration.chunks
+        self._chunks = ChunkPolicies(config, frames, chunk) if config is not None else None
+        self._table = tuple(float(level) for level in table)
         names = [name for _, name in self._policies if name in SIGNALS]
+        if config is not None and config.signal in ("current", "latent"):
+            names.append(config.signal)
+        if self._frozen is not None and self._frozen.signal in SIGNALS:
+            names.append(self._frozen.signal)
         self._meter = SignalMeter(names, frames) if names else None
 
     def step(self, call: Call, x: Tensor) -> tuple[Tensor, bool]:
@@ -184,14 +233,18 @@ class Run:
             velocity = self.denoiser.velocity(call, x)
             self._record(call, None, started, flops=self.denoiser.flops(call, x.shape[2]))
             return velocity, True
+        if self._chunks is not None:
+            return self._step_chunks(call, x, started)
         measured, cost = self._measure(call, x)
+        if self._frozen is not None:
+            self._frozen.look(call, measured)
         self._watch_for_cut(call, measured)
         forced = self._forced(call)
         decision, told = self._decide(call, measured, forced)
         fields = told | {"flops": cost}
         if decision is Decision.RECOMPUTE:
-            velocity = self.denoiser.velocity(call, x)
-            fields["flops"] += self.denoiser.flops(call, x.shape[2])
+            velocity, extra = self._forward(call, x)
+            fields |= extra | {"flops": cost + extra["flops"]}
             self._remember(call, x, velocity)
         else:
             velocity, extra = self._skip(call, x, decision)
@@ -203,7 +256,131 @@ class Run:
     def state_bytes(self) -> int:
         """Bytes of everything kept between calls."""
         parts = (self._history, self._meter, self._correction)
-        return sum(part.nbytes for part in parts if part is not None)
+        kept = self.denoiser.kept_bytes if self._frozen is not None else 0
+        return kept + sum(part.nbytes for part in parts if part is not None)
+
+    def _freeze(self, frames: int, prefix: int) -> FrozenWindow | None:
+        """What is kept of this segment's K/V; a causal model's store holds its history already."""
+        window, shared = self.acceleration.frozen_window, self.acceleration.shared_prefix
+        if self.acceleration.chunks is not None and window is None:
+            window = FrozenConfig()
+        if (window is None and shared is None) or not self.denoiser.recomputes_history:
+            return None
+        config = window or shared
+        if window is not None and shared is not None:
+            config = min((window, shared), key=lambda one: one.refresh or math.inf)
+        signal = config.signal
+        if signal == "history":
+            signal = self._history_reading("auto", prefix > 0)
+        self.denoiser.keep(frames)
+        return FrozenWindow(config.refresh, signal, frames, prefix, everything=window is not None)
+
+    def _forward(self, call: Call, x: Tensor, chunks: Sequence[tuple[int, int]] | None = None) -> tuple[Tensor, dict]:
+        """Velocity of the window from the model, and what is told of it; where K/V are kept, the velocity of latent
+        frames that were not forwarded is 0. ``chunks`` are those to compute, where decisions are made per chunk."""
+        if self._frozen is None:
+            return self.denoiser.velocity(call, x), {"flops": self.denoiser.flops(call, x.shape[2])}
+        asked = self._frozen.queries(call, chunks)
+        velocity, flops = None, 0
+        for first, last in asked:
+            part = replace(call, queries=(first, last))
+            answer = self.denoiser.velocity(part, x)
+            flops += self.denoiser.flops(part, last - first)
+            if (first, last) == call.frames:
+                velocity = answer
+                continue
+            if velocity is None:
+                velocity = torch.zeros(x.shape, dtype=answer.dtype, device=answer.device)
+            velocity[:, :, first - call.frames[0] : last - call.frames[0]] = answer
+        told = [(call.offset + first, call.offset + last) for first, last in asked]
+        return velocity, {"flops": flops, "queries": tuple(told)}
+
+    def _step_chunks(self, call: Call, x: Tensor, started: float) -> tuple[Tensor, list[bool]]:
+        """``step`` with a decision for each active chunk; whether the velocity is true is said per latent frame."""
+        changes, cost = self._chunk_changes(call, x)
+        if self._frozen is not None:
+            self._frozen.look(call, changes)
+        plan = self._chunks.decide(call, changes, self._history.count, lambda frames: self._too_far(call, frames))
+        if self._frozen is not None and self._frozen.due:
+            self._chunks.compute_all(plan, "refresh")
+        wanted = [chunk.frames for chunk in plan if chunk.decision is Decision.RECOMPUTE]
+        velocity, told = self._forward(call, x, wanted) if wanted else (None, {"flops": 0})
+        if velocity is not None:
+            velocity = velocity.clone() if len(wanted) < len(plan) else velocity
+        for chunk in plan:
+            if chunk.decision is Decision.RECOMPUTE:
+                continue
+            part, fields = self._answer(call, x, chunk.decision, chunk.frames)
+            chunk.told |= fields
+            if velocity is None:
+                velocity = torch.zeros(x.shape, dtype=part.dtype, device=part.device)
+            velocity[:, :, chunk.frames[0] - call.frames[0] : chunk.frames[1] - call.frames[0]] = part
+        true = [any(start <= frame < end for start, end in wanted) for frame in range(*call.frames)]
+        if wanted:
+            self._remember(call, x, velocity, true, wanted)
+        self._record_chunks(call, plan, told | {"flops": told["flops"] + cost}, started)
+        return velocity, true
+
+    def _chunk_changes(self, call: Call, x: Tensor) -> tuple[dict, float]:
+        """Change of every active chunk (by its first latent frame) since the call before, in at most one readback, and
+        what the measuring cost; also the change of the signal that renews frozen K/V, by its name."""
+        config, chunks = self.acceleration.chunks, active_chunks(call, self._chunks.size)
+        changes: dict = {}
+        cost = 0
+        if config.signal in HOST_SIGNALS:
+            for frames in chunks:
+                part = _only(call, frames)
+                changes[frames[0]] = level_step(config.signal, self._levels, part)
+            remember_levels(self._levels, call)
+        elif config.signal == "timestep":
+            table, cost = self._plan(call, x)
+            for frames in chunks:
+                part = _only(call, frames)
+                step = next(step for step, flag in zip(part.steps, part.active, strict=True) if flag)
+                changes[frames[0]] = table[step - 1]
+        pending = []
+        if self._meter is not None:
+            features = {kind: self.denoiser.feature(kind, call, x) for kind in self._meter.kinds}
+            cost += sum(self.denoiser.feature_flops(kind, call, x.shape[2]) for kind in self._meter.kinds)
+            names: list = list(self._meter.names)
+            if config.signal in names:
+                names[:1] = [frames[0] for frames in chunks]
+            pending.append(self._meter.measure(features, call, chunks if config.signal in self._meter.names else None))
+        values, finite = self._read(pending)
+        if self._meter is not None:
+            changes |= dict(zip(names, values, strict=True))
+        return (changes if finite else dict.fromkeys(changes, math.nan)), cost
+
+    def _plan(self, call: Call, x: Tensor) -> tuple[list[float], int]:
+        """Change of the timestep embedding at every step of a chunk, and what it cost now: it is planned once a run."""
+        known = self._planned.get(self._table)
+        if known is not None:
+            return known, 0
+        one = x[:, :, :1]
+
+        def at(sigma: float) -> Call:
+            return Call(Kind.DENOISE, call.segment, 0, (0, 1), (sigma,), (1,), (True,), call.offset, call.family, 1)
+
+        levels = self._table[:-1]
+        known = planned_changes(lambda sigma: self.denoiser.feature("timestep", at(sigma), one), levels)
+        self._planned[self._table] = known
+        return known, sum(self.denoiser.feature_flops("timestep", at(sigma), 1) for sigma in levels)
+
+    def _record_chunks(self, call: Call, plan: list[ChunkDecision], told: dict, started: float) -> None:
+        """One record a chunk; a forward's cost and time are shared by the chunks it computed, by their length."""
+        computed = [chunk for chunk in plan if chunk.decision is Decision.RECOMPUTE] or plan
+        self._note_full(call)
+        width = sum(chunk.frames[1] - chunk.frames[0] for chunk in computed)
+        flops, seconds = told.pop("flops"), time.perf_counter() - started
+        for chunk in plan:
+            fields = dict(chunk.told)
+            if any(chunk is one for one in computed):
+                share = chunk.frames[1] - chunk.frames[0]
+                fields |= {"flops": flops * share // width, "seconds": seconds * share / width} | told
+                flops, seconds, width = flops - fields["flops"], seconds - fields["seconds"], width - share
+            self.timeline.record(call, chunk.decision, chunk.frames, **fields)
+            if chunk.decision is Decision.RECOMPUTE:
+                self._checked.append(len(self.timeline.records) - 1)
 
     def _make_policies(self, has_history: bool) -> list[tuple[Policy, str | None]]:
         if self._replay is not None:
@@ -231,7 +408,7 @@ class Run:
 
     def _measure(self, call: Call, x: Tensor) -> tuple[dict[str, float], int]:
         """Increment of every signal since the last call, in one readback, and what the measuring cost."""
-        if not self._policies or self._replay is not None:
+        if (not self._policies or self._replay is not None) and self._meter is None:
             return {}, 0
         measured = {name: level_step(name, self._levels, call) for _, name in self._policies if name in HOST_SIGNALS}
         remember_levels(self._levels, call)
@@ -242,18 +419,21 @@ class Run:
                 features[kind] = self.denoiser.feature(kind, call, x)
                 cost += self.denoiser.feature_flops(kind, call, x.shape[2])
             pending.append(self._meter.measure(features, call))
-        checked = self._checks is not None
-        if checked:
-            pending.append(self._checks)
-            self._checks = None
-        values = torch.cat(pending).tolist() if pending else []
-        finite = True
-        if checked:
-            error, finite = values.pop(), values.pop() == 1.0
-            self.timeline.told_error(self._checked, error)
+        values, finite = self._read(pending)
         if self._meter is not None:
             measured |= dict(zip(self._meter.names, values, strict=True))
         return (measured if finite else dict.fromkeys(measured, float("nan"))), cost
+
+    def _read(self, pending: list[Tensor]) -> tuple[list[float], bool]:
+        """Values of ``pending``, in one readback (none where it is empty), and whether the forwards known by now were
+        finite; their skip errors go into the timeline."""
+        values = torch.cat(pending).tolist() if pending else []
+        finite = True
+        for (ok, *errors), indices in self._checks.arrived():
+            finite = finite and ok == 1.0
+            for index, error in zip(indices, errors, strict=True):
+                self.timeline.told_error(index, error)
+        return values, finite
 
     def _watch_for_cut(self, call: Call, measured: dict[str, float]) -> None:
         """A segment whose first measured increment towers over those of the segments before it is a scene cut: the
@@ -314,42 +494,63 @@ class Run:
         scheduler = self.acceleration.scheduler
         return self._replay is None and scheduler is not None and scheduler.thresholds.tau_cache == 0.0
 
-    def _too_far(self, call: Call) -> bool:
-        """Whether predicting this call would extrapolate some active frame beyond ``SchedulerConfig.reach``."""
-        config = self.acceleration.scheduler
+    def _too_far(self, call: Call, frames: tuple[int, int] | None = None) -> bool:
+        """Whether predicting this call would extrapolate some frame of the interval (default: the active ones) beyond
+        the ``reach`` of the configuration."""
+        config = self._predictor
         if config is None or config.reach is None:
             return False
-        frames = call.active_frames
+        frames = frames or call.active_frames
         targets = call.sigmas[frames[0] - call.frames[0] : frames[1] - call.frames[0]]
         for target, levels in zip(targets, self._history.levels(frames), strict=True):
             if len(levels) > 1 and levels[0] - target > config.reach * (levels[1] - levels[0]):
                 return True
         return False
 
-    def _remember(self, call: Call, x: Tensor, velocity: Tensor) -> None:
-        """True velocities (x0 where the sampler re-noises) of the active frames enter the history."""
-        if not self._policies:
+    @property
+    def _predictor(self) -> ChunkConfig | SchedulerConfig | None:
+        """The configuration that says how a velocity is predicted."""
+        return self.acceleration.chunks or self.acceleration.scheduler
+
+    def _remember(
+        self,
+        call: Call,
+        x: Tensor,
+        velocity: Tensor,
+        true: Sequence[bool] | None = None,
+        groups: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """True velocities (x0 where the sampler re-noises) of the active frames enter the history.
+
+        Args:
+            true: latent frames of the window whose velocity was computed; None for the active ones.
+            groups: intervals whose skip errors are told, one timeline record each; None for the active ones.
+        """
+        if not self._policies and self._chunks is None:
             return
         kept = velocity
         if call.family is Family.RENOISE:
             kept = x.float() - _per_frame(call.sigmas, x) * velocity.float()
-        expected = self._expected(call, kept)
-        self._history.push(call.frames, call.sigmas, kept, call.active)
+        groups = groups or [call.active_frames]
+        expected = [self._expected(call, kept, frames) for frames in groups]
+        mask = call.active if true is None else [a and t for a, t in zip(call.active, true, strict=True)]
+        self._history.push(call.frames, call.sigmas, kept, mask)
         if self._correction is not None:
-            self._correction.record(call.segment, call.frames, call.sigmas, velocity, call.active)
-        self._checks = torch.stack((torch.isfinite(velocity).all().float(), expected))
-        self._checked = len(self.timeline.records)
+            self._correction.record(call.segment, call.frames, call.sigmas, velocity, mask)
+        parts = [velocity[:, :, first - call.frames[0] : last - call.frames[0]] for first, last in groups]
+        finite = torch.stack([torch.isfinite(part).all() for part in parts]).all().float()
+        self._checked = []
+        self._checks.send(torch.stack((finite, *expected)), self._checked)
 
-    def _expected(self, call: Call, kept: Tensor) -> Tensor:
+    def _expected(self, call: Call, kept: Tensor, frames: tuple[int, int]) -> Tensor:
         """Relative L2 error of what a skip would have answered in place of ``kept`` (the window's true velocity, or
-        x0), over the active frames; NaN where there was nothing to answer with. Stays on the device: it is read with
-        the next signal."""
-        frames = call.active_frames
-        counts = self._history.count(frames)
+        x0), over an interval; NaN where there was nothing to answer with. Stays on the device: it is read with the next
+        signal."""
+        counts = self._history.count(frames) if frames[1] > frames[0] else ()
         if not counts or min(counts) == 0:
             return torch.full((), math.nan, device=kept.device)
         first, last = frames[0] - call.frames[0], frames[1] - call.frames[0]
-        config, true = self.acceleration.scheduler, kept[:, :, first:last].float()
+        config, true = self._predictor, kept[:, :, first:last].float()
         if config is None or call.family is Family.RENOISE or max(counts) < 2:
             answer = hold(self._history, frames)
         else:
@@ -357,35 +558,55 @@ class Run:
         return (answer - true).norm() / true.norm()
 
     def _skip(self, call: Call, x: Tensor, decision: Decision) -> tuple[Tensor, dict]:
+        """Velocity of the window without the model; 0 for latent frames that do not move."""
         frames = call.active_frames
+        part, fields = self._answer(call, x, decision, frames)
         first, last = frames[0] - call.frames[0], frames[1] - call.frames[0]
-        targets = call.sigmas[first:last]
-        fields: dict = {}
-        if call.family is Family.RENOISE:
-            window = x[:, :, first:last].float()
-            part = (window - hold(self._history, frames)) / _per_frame(targets, window)
-        elif decision is Decision.PREDICT:
-            config = self.acceleration.scheduler
-            order = config.order if config is not None else 1
-            part = predict(self._history, frames, targets, order, config.guards if config is not None else Guards())
-            fields["order"] = order
-        elif self._correction is not None:
-            part, fields["corrected"] = self._correction.apply(self._history, call.segment, frames, targets)
-            if self._correction.note:
-                self.timeline.settings["correction"] = self._correction.note
-        else:
-            part = hold(self._history, frames)
         if (first, last) == (0, x.shape[2]):
             return part, fields
         velocity = torch.zeros(x.shape, dtype=part.dtype, device=part.device)
         velocity[:, :, first:last] = part
         return velocity, fields
 
+    def _answer(self, call: Call, x: Tensor, decision: Decision, frames: tuple[int, int]) -> tuple[Tensor, dict]:
+        """Velocity of an interval without the model, and what is told of it."""
+        first, last = frames[0] - call.frames[0], frames[1] - call.frames[0]
+        targets = call.sigmas[first:last]
+        fields: dict = {}
+        if call.family is Family.RENOISE:
+            window = x[:, :, first:last].float()
+            return (window - hold(self._history, frames)) / _per_frame(targets, window), fields
+        if decision is Decision.PREDICT:
+            config = self._predictor
+            fields["order"] = config.order if config is not None else 1
+            guards = config.guards if config is not None else Guards()
+            return predict(self._history, frames, targets, fields["order"], guards), fields
+        if self._correction is not None:
+            part, fields["corrected"] = self._correction.apply(self._history, call.segment, frames, targets)
+            if self._correction.note:
+                self.timeline.settings["correction"] = self._correction.note
+            return part, fields
+        return hold(self._history, frames), fields
+
     def _record(self, call: Call, decision: Decision | None, started: float, **fields) -> None:
+        self._note_full(call)
+        self.timeline.record(call, decision, seconds=time.perf_counter() - started, **fields)
+        if decision is Decision.RECOMPUTE:
+            self._checked.append(len(self.timeline.records) - 1)
+
+    def _note_full(self, call: Call) -> None:
+        """Adds what an unaccelerated run computes at this call, and the state it would not have."""
         width = self._frames if call.kind is Kind.DENOISE else call.frames[1] - call.frames[0]
         self.timeline.flops_full += self.denoiser.flops(call, width)
         self.timeline.state_bytes = max(self.timeline.state_bytes or 0, self.state_bytes)
-        self.timeline.record(call, decision, seconds=time.perf_counter() - started, **fields)
+
+
+def _only(call: Call, frames: tuple[int, int]) -> Call:
+    """The part of a call that is about some of its latent frames."""
+    part = slice(frames[0] - call.frames[0], frames[1] - call.frames[0])
+    return replace(
+        call, frames=frames, sigmas=call.sigmas[part], steps=call.steps[part], active=call.active[part], queries=None
+    )
 
 
 def _per_frame(sigmas: Iterable[float], x: Tensor) -> Tensor:

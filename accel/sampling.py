@@ -198,7 +198,7 @@ def causal_blocks(
         run.step(_whole(Kind.PREFILL, 0, 0, start, 0, levels), prefix)
     for index, first in enumerate(range(start, noise.shape[2], block)):
         last = min(first + block, noise.shape[2])
-        run.begin_segment(index, last - first, 0)
+        run.begin_segment(index, last - first, 0, last - first, levels)
         latents = _denoise_block(run, index, first, noise[:, :, first:last], levels, renoise_seed, progress)
         commit = _whole(Kind.COMMIT, index, levels.numel() - 1, last - first, first, levels)
         run.step(commit, latents)
@@ -211,7 +211,7 @@ def _denoise_segment(run, index, start, clean, x, plan, levels, solver, history_
     frames = x.shape[2]
     matrix = step_matrix(frames, plan.steps, plan.ar_step, plan.block, clean)
     step_solver = (UniPCSolver if solver == "unipc" else EulerSolver)(levels, frames)
-    run.begin_segment(index, frames, clean)
+    run.begin_segment(index, frames, clean, plan.block, levels)
     windows = matrix.suffix_windows() if run.acceleration.suffix_window else [(0, frames)] * matrix.rows
     told = matrix.sigmas(levels)
     told[:, :clean] = history_noise

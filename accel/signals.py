@@ -71,6 +71,20 @@ def timestep_discrepancy(now: Tensor, before: Tensor) -> float:
     return float(relative_l1(now, before))
 
 
+def planned_changes(embedded: Callable[[float], Tensor], levels: Sequence[float]) -> list[float]:
+    """``timestep_discrepancy`` of every noise level from the one before it, in one readback.
+
+    Args:
+        embedded: the embedding of a latent frame at a noise level. levels: in the order they are visited.
+
+    Returns:
+        One number a level; NaN for the first, which nothing comes before.
+    """
+    rows = [embedded(level) for level in levels]
+    changes = [relative_l1(now, before) for before, now in zip(rows, rows[1:], strict=False)]
+    return [math.nan, *(torch.stack(changes).tolist() if changes else [])]
+
+
 def _bounded(sigma: float) -> float:
     return min(max(sigma, SIGMA_MARGIN), 1.0 - SIGMA_MARGIN) if math.isfinite(sigma) else math.nan
 
@@ -191,16 +205,21 @@ class SignalMeter:
         """Bytes of the remembered rows."""
         return sum(rows.nbytes for rows in self._seen.values())
 
-    def measure(self, features: Mapping[str, Tensor], call: Call) -> Tensor:
-        """Increment of every signal since the last look.
+    def measure(
+        self, features: Mapping[str, Tensor], call: Call, parts: Sequence[tuple[int, int]] | None = None
+    ) -> Tensor:
+        """Increment of every signal since the last look; of the first one over parts of the window where asked.
 
         Args:
             features: for every kind in ``kinds`` a tensor ``[B, T, ...]`` of one CFG branch, one row per latent frame
                 of the window, all on one device. Rows beyond the window's come first and are history outside it.
             call: whose window and active frames these are.
+            parts: intervals ``[start, end)`` of latent frames of the segment over which the first signal is pooled,
+                one number each, instead of over its group.
 
         Returns:
-            fp32 ``[len(names)]`` on the features' device, in the order of ``names``; NaN where nothing was seen before.
+            fp32 ``[len(names)]`` on the features' device, in the order of ``names``, the first
+            in ``len(parts)`` numbers where asked; NaN where nothing was seen before.
 
         Raises:
             ValueError: a feature is missing or has fewer rows than the window.
@@ -214,9 +233,8 @@ class SignalMeter:
             columns[kind] = (width, known, scalars)
             width += len(known)
         table = []
-        for name in self.names:
-            offset, known, scalars = columns[SIGNALS[name].kind]
-            group = _members(SIGNALS[name].group, call, len(known) - len(call.active))
+        for kind, group in self._groups(call, columns, parts):
+            offset, known, scalars = columns[kind]
             pooled = [float(seen and member) for seen, member in zip(known, group, strict=True)]
             row = [0.0] * offset + pooled + [0.0] * (width - offset - len(pooled))
             table.append([*row, EPSILON * scalars * sum(pooled)])
@@ -224,6 +242,17 @@ class SignalMeter:
         weights = torch.tensor(table, dtype=torch.float32).to(totals.device, non_blocking=True)
         change, size = torch.where(weights[:, None, :-1] > 0.0, totals, 0.0).sum(-1).unbind(1)
         return change / (size + weights[:, -1])
+
+    def _groups(self, call: Call, columns: Mapping[str, tuple], parts) -> list[tuple[str, list[bool]]]:
+        """Feature and pooled rows of every number to give."""
+        extra = {kind: len(known) - len(call.active) for kind, (_, known, _) in columns.items()}
+        signals = [SIGNALS[name] for name in self.names]
+        groups = [(signal.kind, _members(signal.group, call, extra[signal.kind])) for signal in signals]
+        if parts is not None:
+            kind, frames = self.kinds[0], range(*call.frames)
+            outside = [False] * extra[kind]
+            groups[:1] = [(kind, outside + [start <= frame < end for frame in frames]) for start, end in parts]
+        return groups
 
 
 def _members(group: str, call: Call, extra: int) -> list[bool]:

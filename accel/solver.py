@@ -44,7 +44,7 @@ class Solver(ABC):
         steps: Sequence[int],
         active: Sequence[bool],
         frames: Interval | None = None,
-        computed: bool = True,
+        computed: bool | Sequence[bool] = True,
     ) -> Tensor:
         """The window after one solver step of its active latent frames.
 
@@ -54,7 +54,8 @@ class Solver(ABC):
             steps: progress of each latent frame (``Call.steps``); an active one at k takes step k of 1..N.
             active: which latent frames take a step (``Call.active``).
             frames: ``[start, end)`` of the window in the segment (``Call.frames``); None means the whole segment.
-            computed: whether the velocity came from the model. A held or predicted one never corrects a previous step.
+            computed: whether the velocity came from the model, of the window or of each latent frame. A held or
+                predicted one never corrects a previous step.
 
         Returns:
             ``[B, C, T, H, W]`` in x's dtype, computed in float32 or better; inactive latent frames are x's own values.
@@ -78,8 +79,9 @@ class Solver(ABC):
                 )
         precision = torch.promote_types(torch.promote_types(x.dtype, velocity.dtype), torch.float32)
         moving = torch.tensor(active, dtype=torch.bool, device=x.device).view(1, 1, -1, 1, 1)
-        window = slice(start, end)
-        result = self._advance(x.to(precision), velocity.to(precision), steps, active, moving, window, computed)
+        told = torch.tensor([computed] * width if isinstance(computed, bool) else list(computed), device=x.device)
+        window, told = slice(start, end), told.view_as(moving)
+        result = self._advance(x.to(precision), velocity.to(precision), steps, active, moving, window, told)
         return torch.where(moving, result.to(x.dtype), x)
 
     @abstractmethod
@@ -91,7 +93,7 @@ class Solver(ABC):
         active: Sequence[bool],
         moving: Tensor,
         window: slice,
-        computed: bool,
+        computed: Tensor,
     ) -> Tensor:
         """The next latents, right where ``moving`` ``[1, 1, T, 1, 1]``; anything elsewhere."""
 
@@ -122,7 +124,7 @@ class EulerSolver(Solver):
         active: Sequence[bool],
         moving: Tensor,
         window: slice,
-        computed: bool,
+        computed: Tensor,
     ) -> Tensor:
         return x + self._per_frame(self._lengths, steps, x)[0] * velocity
 
@@ -153,7 +155,7 @@ class UniPCSolver(Solver):
         active: Sequence[bool],
         moving: Tensor,
         window: slice,
-        computed: bool,
+        computed: Tensor,
     ) -> Tensor:
         moves = {
             frame: step for frame, (step, flag) in enumerate(zip(steps, active, strict=True), window.start) if flag
@@ -171,7 +173,7 @@ class UniPCSolver(Solver):
         carry, pull, back, ahead = weights[:4]
         corrected = carry * start + pull * (newest + back * (older - newest) + ahead * (x0 - newest))
         first = torch.tensor(steps, device=x.device).view_as(moving) == 1
-        corrected = torch.where(first, x, corrected) if computed else x
+        corrected = torch.where(first | ~computed, x, corrected)
         carry, pull, back = weights[4:]
         predicted = carry * corrected + pull * (x0 + back * (newest - x0))
         history.copy_(torch.where(moving, torch.stack([x0, newest, corrected]), history))

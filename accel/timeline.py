@@ -23,6 +23,8 @@ JSON (``Timeline.to_json``, version 1)::
         "threshold": 0.18,
         "order": null,                     order of the prediction
         "corrected": null,                 lambda of the residual correction
+        "queries": null,                   latent frames [[start, end), ...] of the video that were forwarded, where
+                                           the rest of the window answered with kept K/V
         "error": null,                     of a computed call: relative L2 error of the prediction (or of the held
                                            velocity) that would have stood in its place, where there was one
         "flops": 0, "seconds": 0.002}],    of this record, all branches
@@ -82,6 +84,7 @@ class StepRecord:
     threshold: float | None = None
     order: int | str | None = None
     corrected: float | None = None
+    queries: tuple[tuple[int, int], ...] | None = None
     error: float | None = None
     flops: int = 0
     seconds: float = 0.0
@@ -100,6 +103,8 @@ class StepRecord:
         object.__setattr__(self, "frames", tuple(self.frames))
         object.__setattr__(self, "window", tuple(window))
         object.__setattr__(self, "sigmas", None if self.sigmas is None else tuple(self.sigmas))
+        queries = None if self.queries is None else tuple((start, end) for start, end in self.queries)
+        object.__setattr__(self, "queries", queries)
 
 
 @dataclass(slots=True)

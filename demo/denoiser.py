@@ -7,9 +7,10 @@ from torch import Tensor
 
 from accel.call import Call, Kind
 from accel.flops import WanShape
+from accel.kv.frozen import FrozenKV
 from accel.kv.store import KVStore
 
-from .model import PATCH, TinyWan
+from .model import PATCH, TinyWan, block_causal_mask
 from .prompt import TEXT_DIM, TOKENS
 
 
@@ -21,16 +22,21 @@ class TinyDenoiser:
         context: prompt ``[B, 64, 64]``.
         guidance: v = u + guidance (c - u); 1 runs the conditional branch alone.
         rollout: latent frames of the whole video, for the K/V store of a causal model.
+        chunk: latent frames of a chunk, to look at earlier chunks only (block-causal attention, the same in every
+            call); 0 sees the whole window.
     """
 
-    def __init__(self, model: TinyWan, context: Tensor, guidance: float = 2.0, rollout: int = 0) -> None:
+    def __init__(
+        self, model: TinyWan, context: Tensor, guidance: float = 2.0, rollout: int = 0, chunk: int = 0
+    ) -> None:
         config = model.config
         self.model, self.guidance = model, guidance
         self.branches = 1 if guidance == 1.0 else 2
         self.shares_time = config.kind == "tiny-next-clip"
         self.recomputes_history = not config.causal_ar
         self.context = context if self.branches == 1 else torch.cat((context, torch.zeros_like(context)))
-        self._rollout = rollout
+        self._rollout, self._chunk = rollout, chunk
+        self._kept: FrozenKV | None = None
         self._store: KVStore | None = None
         self._shape = WanShape(
             config.dim, config.ffn_dim, config.num_layers, config.num_heads, TOKENS, in_channels=config.in_dim,
@@ -40,13 +46,21 @@ class TinyDenoiser:
     @torch.inference_mode()
     def velocity(self, call: Call, x: Tensor) -> Tensor:
         sigma = self._told(call, x)
-        positions = torch.arange(call.frames[0], call.frames[1])
-        store = None
-        if self.model.config.causal_ar:
+        first, last = call.queries or call.frames
+        asked = slice(first - call.frames[0], last - call.frames[0])
+        positions = torch.arange(first, last)
+        store, mask = None, None
+        if self._chunk:
+            mask = block_causal_mask(call.frames[1], _tokens(x), self._chunk)
+            mask = mask[first * _tokens(x) : last * _tokens(x), call.frames[0] * _tokens(x) :]
+        if call.queries is not None:
+            store = self._kept.view(call.queries, call.frames)
+        elif self.model.config.causal_ar:
             positions = positions + call.offset
             store = self._open(call, x)
-        out = self.model(self._twice(x), self._twice(sigma), self.context, positions, store=store)
-        if store is not None and call.kind is not Kind.DENOISE:
+        x, sigma = self._twice(x[:, :, asked]), self._twice(sigma[:, asked])
+        out = self.model(x, sigma, self.context, positions, mask, store)
+        if self.model.config.causal_ar and call.kind is not Kind.DENOISE:
             store.commit(x.shape[2] * _tokens(x))
         if self.branches == 1:
             return out.clone()
@@ -70,7 +84,17 @@ class TinyDenoiser:
     def flops(self, call: Call, frames: int) -> int:
         tokens = self._tokens_per_frame
         keys = (call.offset + frames) * tokens if self.model.config.causal_ar else None
+        if call.queries is not None:
+            keys = (call.frames[1] - call.frames[0]) * tokens
         return self._batch * self._shape.forward_flops(frames, tokens, keys, branches=self.branches)
+
+    def keep(self, frames: int) -> None:
+        if self._kept is None or self._kept.frames < frames:
+            self._kept = FrozenKV(self.model.config.num_layers, frames, self._tokens_per_frame)
+
+    @property
+    def kept_bytes(self) -> int:
+        return 0 if self._kept is None else self._kept.nbytes
 
     def feature_flops(self, kind: str, call: Call, frames: int) -> int:
         if kind == "latent":
