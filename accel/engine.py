@@ -273,7 +273,7 @@ class Run:
         if signal == "history":
             signal = self._history_reading("auto", prefix > 0)
         self.denoiser.keep(frames)
-        return FrozenWindow(config.refresh, signal, frames, prefix, everything=window is not None)
+        return FrozenWindow(config.refresh, signal, frames, prefix, window is not None, config.commit)
 
     def _forward(self, call: Call, x: Tensor, chunks: Sequence[tuple[int, int]] | None = None) -> tuple[Tensor, dict]:
         """Velocity of the window from the model, and what is told of it; where K/V are kept, the velocity of latent

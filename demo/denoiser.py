@@ -40,7 +40,7 @@ class TinyDenoiser:
         self._store: KVStore | None = None
         self._shape = WanShape(
             config.dim, config.ffn_dim, config.num_layers, config.num_heads, TOKENS, in_channels=config.in_dim,
-            out_channels=config.in_dim, text_dim=TEXT_DIM,
+            out_channels=config.in_dim, freq_dim=config.freq_dim, text_dim=TEXT_DIM,
         )  # fmt: skip
 
     @torch.inference_mode()

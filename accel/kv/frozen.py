@@ -28,6 +28,8 @@ class FrozenConfig:
         refresh: threshold >= 0 on the signal accumulated since the last whole forward; 0 never renews.
         signal: ``log-signal`` or ``log-snr`` (of the frames being denoised, free), or ``history`` (ARCache's history
             signal where the model has one, see ``signals.resolve_history_signal``).
+        commit: whether a finished latent frame is forwarded once more, clean, along with the next forward; False keeps
+            the K/V of its last step (FlowCache), which saves one forward a frame.
 
     Raises:
         ValueError: a threshold negative or not finite, or an unknown signal.
@@ -35,6 +37,7 @@ class FrozenConfig:
 
     refresh: float = 0.0
     signal: str = "log-signal"
+    commit: bool = True
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.refresh) and self.refresh >= 0.0):
@@ -54,10 +57,13 @@ class FrozenWindow:
         signal: key of ``HOST_SIGNALS``, or of what ``look`` is told.
         frames, prefix: latent frames of the segment, and how many of them are history.
         everything: keep every idle latent frame; False keeps the history alone and forwards all others.
+        commit: as in ``FrozenConfig``.
     """
 
-    def __init__(self, refresh: float, signal: str, frames: int, prefix: int, everything: bool) -> None:
-        self.signal = signal
+    def __init__(
+        self, refresh: float, signal: str, frames: int, prefix: int, everything: bool, commit: bool = True
+    ) -> None:
+        self.signal, self._commit = signal, commit
         self._refresh, self._prefix, self._everything = refresh, prefix, everything
         self._kept_at: list[float | None] = [None] * frames
         self._levels: dict[int, float] = {}
@@ -112,11 +118,11 @@ class FrozenWindow:
         return self._kept_at[frame] != call.sigmas[frame - call.frames[0]]
 
     def _idle_and_stale(self, frame: int, call: Call) -> bool:
-        return not call.active[frame - call.frames[0]] and self.stale(frame, call)
+        return self._commit and not call.active[frame - call.frames[0]] and self.stale(frame, call)
 
     def _must_run(self, frame: int, call: Call) -> bool:
         if self._everything:
-            return call.active[frame - call.frames[0]] or self.stale(frame, call)
+            return call.active[frame - call.frames[0]] or self.absent(frame) or self._idle_and_stale(frame, call)
         return frame >= self._prefix or self.absent(frame)
 
 
