@@ -18,6 +18,7 @@ from .predict import Guards
 from .signals import HOST_SIGNALS
 
 CHUNK_SIGNALS = (*HOST_SIGNALS, "timestep", "current", "latent")
+REFRESH = 2.0  # of the kept K/V, on log-signal, where no Active Frame Window sets it
 LAST = ("chunk", "segment", "none")
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .call import Call, Decision, Family, Kind
-from .chunks import ChunkConfig, ChunkDecision, ChunkPolicies, active_chunks
+from .chunks import REFRESH, ChunkConfig, ChunkDecision, ChunkPolicies, active_chunks
 from .correct import CorrectionConfig, ResidualCorrection, is_scene_cut
 from .history import VelocityHistory
 from .kv.frozen import FrozenConfig, FrozenWindow
@@ -66,9 +66,9 @@ class Denoiser(Protocol):
         """Cost of ``feature``."""
         ...
 
-    def keep(self, frames: int) -> None:
-        """A segment of ``frames`` latent frames starts whose K/V are to be kept (only asked where a call has
-        ``queries``)."""
+    def keep(self, frames: int) -> str | None:
+        """A segment of ``frames`` latent frames starts whose K/V are to be kept (only asked where calls will have
+        ``queries``). Returns None, or a sentence why they cannot be."""
         ...
 
     @property
@@ -263,7 +263,7 @@ class Run:
         """What is kept of this segment's K/V; a causal model's store holds its history already."""
         window, shared = self.acceleration.frozen_window, self.acceleration.shared_prefix
         if self.acceleration.chunks is not None and window is None:
-            window = FrozenConfig()
+            window = FrozenConfig(REFRESH if shared is None else 0.0)
         if (window is None and shared is None) or not self.denoiser.recomputes_history:
             return None
         config = window or shared
@@ -272,7 +272,10 @@ class Run:
         signal = config.signal
         if signal == "history":
             signal = self._history_reading("auto", prefix > 0)
-        self.denoiser.keep(frames)
+        refusal = self.denoiser.keep(frames)
+        if refusal is not None:
+            self.timeline.settings["frozen K/V"] = refusal
+            return None
         return FrozenWindow(config.refresh, signal, frames, prefix, window is not None, config.commit)
 
     def _forward(self, call: Call, x: Tensor, chunks: Sequence[tuple[int, int]] | None = None) -> tuple[Tensor, dict]:

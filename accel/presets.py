@@ -26,6 +26,9 @@ _THRESHOLDS = tuple(item.name for item in fields(TriModalConfig))
 _NODES = {
     "history_guided": ("History-Guided Cache", {"delta": "threshold"}, ()),
     "scheduler": ("Tri-Modal Scheduler", {"tau_cache": "cache_below", "tau_predict": "predict_below"}, ("guards",)),
+    "chunks": ("Chunk Cache", {"tau_cache": "cache_below", "tau_predict": "predict_below"}, ("guards", "last")),
+    "frozen_window": ("Active Frame Window", {}, ("commit",)),
+    "shared_prefix": ("Shared Prefix Cache", {}, ("commit",)),
     "correction": ("Residual Correction", {}, ("clamp", "sketch", "min_denominator", "segment0")),
 }  # by part: its node, inputs with another name than the field, and fields without an input
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 
 import torch
@@ -81,7 +82,7 @@ def planned_changes(embedded: Callable[[float], Tensor], levels: Sequence[float]
         One number a level; NaN for the first, which nothing comes before.
     """
     rows = [embedded(level) for level in levels]
-    changes = [relative_l1(now, before) for before, now in zip(rows, rows[1:], strict=False)]
+    changes = [relative_l1(now, before) for before, now in pairwise(rows)]
     return [math.nan, *(torch.stack(changes).tolist() if changes else [])]
 
 

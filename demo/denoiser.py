@@ -88,9 +88,10 @@ class TinyDenoiser:
             keys = (call.frames[1] - call.frames[0]) * tokens
         return self._batch * self._shape.forward_flops(frames, tokens, keys, branches=self.branches)
 
-    def keep(self, frames: int) -> None:
+    def keep(self, frames: int) -> str | None:
         if self._kept is None or self._kept.frames < frames:
             self._kept = FrozenKV(self.model.config.num_layers, frames, self._tokens_per_frame)
+        return None
 
     @property
     def kept_bytes(self) -> int:

@@ -1,5 +1,5 @@
-"""The nodes of the pack, by file: accelerate (one choice), acceleration (describe), sampler (run), timeline and compare
-(show), tiny (the demo models)."""
+"""The nodes of the pack, by file: accelerate (one choice), acceleration and windows (describe), sampler (run),
+timeline and compare (show), tiny (the demo models)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from .compare import COMPARE_NODES
 from .sampler import SAMPLER_NODES
 from .timeline import TIMELINE_NODES
 from .tiny import TINY_NODES
+from .windows import WINDOW_NODES
 
 
 class ARVideoAccelerator(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
-            *ACCELERATE_NODES, *SAMPLER_NODES, *ACCELERATION_NODES, *TIMELINE_NODES, *COMPARE_NODES, *TINY_NODES,
+            *ACCELERATE_NODES, *SAMPLER_NODES, *ACCELERATION_NODES, *WINDOW_NODES, *TIMELINE_NODES, *COMPARE_NODES,
+            *TINY_NODES,
         ]  # fmt: skip

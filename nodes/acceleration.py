@@ -1,5 +1,4 @@
-"""Nodes that describe an acceleration: History-Guided Cache, Tri-Modal Scheduler, Residual Correction, Active Frame
-Window.
+"""Nodes that describe an acceleration: History-Guided Cache, Tri-Modal Scheduler, Residual Correction.
 
 Each returns a clone of the MODEL that carries one more part of a frozen ``Acceleration``. The AR Segment Sampler reads
 it and makes the state of a run; nothing here keeps any.
@@ -49,7 +48,7 @@ def describe_all(model: io.Model.Type, acceleration: Acceleration | None) -> io.
 
 
 @contextmanager
-def _inputs_of(node: str, **names: str) -> Iterator[None]:
+def inputs_of(node: str, **names: str) -> Iterator[None]:
     """Words what a config refuses with the node's name and its inputs' names."""
     try:
         yield
@@ -88,7 +87,7 @@ class ARVAHistoryGuidedCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type, threshold: float, signal: str, max_skip: int, warmup: int) -> io.NodeOutput:
-        with _inputs_of("History-Guided Cache", delta="threshold"):
+        with inputs_of("History-Guided Cache", delta="threshold"):
             config = HistoryGuidedConfig(threshold, signal, max_skip, warmup)
         return io.NodeOutput(describe(model, history_guided=config))
 
@@ -134,7 +133,7 @@ class ARVATriModalScheduler(io.ComfyNode):
         cls, model: io.Model.Type, cache_below: float, predict_below: float, signal: str, order: str, decay: float,
         max_skip: int, warmup: int, reach: float,
     ) -> io.NodeOutput:  # fmt: skip
-        with _inputs_of("Tri-Modal Scheduler", tau_cache="cache_below", tau_predict="predict_below"):
+        with inputs_of("Tri-Modal Scheduler", tau_cache="cache_below", tau_predict="predict_below"):
             thresholds = TriModalConfig(cache_below, predict_below, decay, max_skip)
             config = SchedulerConfig(thresholds, signal, ORDERS[order], warmup=warmup, reach=reach or None)
         return io.NodeOutput(describe(model, scheduler=config))
@@ -161,37 +160,13 @@ class ARVAResidualCorrection(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type, source: str) -> io.NodeOutput:
-        with _inputs_of("Residual Correction"):
+        with inputs_of("Residual Correction"):
             config = CorrectionConfig(source)
         return io.NodeOutput(describe(model, correction=config))
-
-
-class ARVAActiveFrameWindow(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="ARVAActiveFrameWindow",
-            display_name="Active Frame Window",
-            category=CATEGORY,
-            description="Leaves latent frames that have not started yet out of the model's window (SCOPE). It saves "
-            "where the blocks of a segment start one after the other (ar_step above 0).",
-            search_aliases=["scope", "active frames", "skip idle frames"],
-            inputs=[
-                io.Model.Input("model", tooltip="An autoregressive video model."),
-                io.Combo.Input("mode", options=["suffix"], default="suffix",
-                               tooltip="suffix leaves out the frames after the last one that has started."),
-            ],
-            outputs=[io.Model.Output(display_name="model", tooltip=OUTPUT)],
-        )  # fmt: skip
-
-    @classmethod
-    def execute(cls, model: io.Model.Type, mode: str) -> io.NodeOutput:
-        return io.NodeOutput(describe(model, suffix_window=mode == "suffix"))
 
 
 ACCELERATION_NODES: list[type[io.ComfyNode]] = [
     ARVAHistoryGuidedCache,
     ARVATriModalScheduler,
     ARVAResidualCorrection,
-    ARVAActiveFrameWindow,
 ]

@@ -7,6 +7,7 @@ batch entry, as its conditioning, hooks and wrappers expect.
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import comfy.ldm.common_dit
@@ -17,6 +18,10 @@ from torch import Tensor
 
 from ..accel.call import Call, Kind
 from ..accel.flops import WanShape
+from ..accel.kv.frozen import frozen_bytes
+from .host_attention import ATTENTION, KeptAttention
+
+KEEP_SHARE = 0.8  # of the free memory that kept K/V may take
 
 
 def per_frame_sampling(sampling: torch.nn.Module) -> torch.nn.Module:
@@ -74,21 +79,55 @@ class HostDenoiser:
         self.batch = x.shape[0]
         self.shape = _shape(self.network, self._context(1).shape[1])
         self.tokens = self.shape.tokens_per_frame(x.shape[3], x.shape[4])
+        self._kept: KeptAttention | None = None
 
     def velocity(self, call: Call, x: Tensor) -> Tensor:
         sampling, levels = self.model.model_sampling, self._levels(call, x)
-        before = self.transformer_options.get("rope_options")
+        first, last = call.queries or call.frames
+        asked = slice(first - call.frames[0], last - call.frames[0])
+        x, levels = x[:, :, asked], levels if self.shares_time else levels[asked]
+        before = {key: self.transformer_options.get(key) for key in ("rope_options", ATTENTION)}
         try:
             sampling.levels = levels
-            if call.frames[0]:
-                shift = (before or {}).get("shift_t", 0.0) + call.frames[0]
-                self.transformer_options["rope_options"] = {**(before or {}), "shift_t": shift}
+            if first:
+                rope = before["rope_options"] or {}
+                self.transformer_options["rope_options"] = rope | {"shift_t": rope.get("shift_t", 0.0) + first}
+            if call.queries is not None:
+                self.transformer_options[ATTENTION] = self._kept.attention(call, before[ATTENTION])
             denoised = self.guider(x, levels.max().expand(self.batch), **self.extra_args)
         finally:
             sampling.levels = None
-            if call.frames[0]:
-                self.transformer_options["rope_options"] = before
+            for key, value in before.items():
+                if value is None:
+                    self.transformer_options.pop(key, None)
+                else:
+                    self.transformer_options[key] = value
         return velocity_of(x, denoised, levels)
+
+    def keep(self, frames: int) -> str | None:
+        self._check_areas()
+        dtype, branches = self.model.get_dtype_inference(), self.branches * self.batch
+        needed = frozen_bytes(self.shape.layers, frames * self.tokens, self.shape.dim, branches, dtype.itemsize)
+        free = comfy.model_management.get_free_memory(comfy.model_management.get_torch_device())
+        self._kept = KeptAttention(self.shape.layers, frames, self.tokens)
+        if needed > KEEP_SHARE * free:
+            return (
+                f"off: keeping the K/V of {frames} latent frames takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB "
+                "are free; use a shorter segment, a smaller video or cfg 1."
+            )
+        logging.info("AR Video Accelerator: frozen K/V take %.2f GB", needed / 1e9)
+        return None
+
+    @property
+    def kept_bytes(self) -> int:
+        return 0 if self._kept is None else self._kept.nbytes
+
+    def _check_areas(self) -> None:
+        if any(cond.get("area") is not None for conds in self.guider.conds.values() for cond in conds):
+            raise ValueError(
+                "Active Frame Window: kept K/V cannot serve conditioning that covers a part of the picture only; "
+                "remove the conditioning area, or this node, Shared Prefix Cache and Chunk Cache."
+            )
 
     def feature(self, kind: str, call: Call, x: Tensor) -> Tensor:
         """Of the conditional branch, through the model's own embedders and first block."""
@@ -119,9 +158,10 @@ class HostDenoiser:
 
     def flops(self, call: Call, frames: int) -> int:
         rows = 1 if self.shares_time else None
-        return self.batch * self.shape.forward_flops(
-            frames, self.tokens, self._keys(call, frames), branches=self.branches, time_rows=rows
-        )
+        keys = self._keys(call, frames)
+        if call.queries is not None:
+            keys = (call.frames[1] - call.frames[0]) * self.tokens
+        return self.batch * self.shape.forward_flops(frames, self.tokens, keys, branches=self.branches, time_rows=rows)
 
     def feature_flops(self, kind: str, call: Call, frames: int) -> int:
         if kind == "latent":

@@ -21,6 +21,9 @@ PARTS = {
     "scheduler": "Tri-Modal Scheduler",
     "correction": "Residual Correction",
     "suffix_window": "Active Frame Window",
+    "frozen_window": "Active Frame Window",
+    "shared_prefix": "Shared Prefix Cache",
+    "chunks": "Chunk Cache",
 }
 
 

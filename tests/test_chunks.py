@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -87,6 +89,10 @@ def test_traces_equal_flowcache_on_skyreels(index, model, text, golden):  # noqa
         assert not unkept or seen == [count for count in entry["kv_tokens"] if count]
 
 
+def count(stored: set[int], frames: tuple[int, int]) -> list[int]:
+    return [int(frames[0] in stored)]
+
+
 @pytest.mark.parametrize("index", range(2))
 def test_traces_equal_flowcache_on_magi(index, golden):
     case = golden("magi_decisions")["chunkwise"][index]
@@ -109,10 +115,9 @@ def test_traces_equal_flowcache_on_magi(index, golden):
         place = torch.arange(first, last)[:, None]
         features = 1 + 0.5 * torch.sin(j + 0.35 * (place + 1) * done[:, None] ** 1.2)
         parts = active_chunks(call, 1)
-        changes = dict(
-            zip([part[0] for part in parts], meter.measure({"latent": features[None]}, call, parts).tolist())
-        )
-        plan = policies.decide(call, changes, lambda frames: [int(frames[0] in stored)], lambda frames: False)
+        measured = meter.measure({"latent": features[None]}, call, parts).tolist()
+        changes = {part[0]: change for part, change in zip(parts, measured, strict=True)}
+        plan = policies.decide(call, changes, partial(count, stored), lambda frames: False)
         stored |= {chunk.frames[0] for chunk in plan}
         assert [[chunk.frames[0], int(chunk.decision is Decision.CACHE)] for chunk in plan] == [e[:2] for e in expected]
         reused = {e[0]: e[2] for e in expected if e[1]}
@@ -181,7 +186,7 @@ def test_a_plan_made_before_the_first_call_equals_what_is_measured_on_the_way():
     for sigma in TABLE[:-1].tolist():
         one = Call(Kind.DENOISE, 0, 0, (0, 1), (sigma,), call.steps, call.active, total_steps=20)
         rows.append(denoiser.feature("timestep", one, NOISE[:, :, :1]))
-    measured = [float(relative_l1(now, before)) for before, now in zip(rows, rows[1:])]
+    measured = [float(relative_l1(now, before)) for before, now in pairwise(rows)]
     first = [record for record in run.timeline.records if record.segment == 0 and record.frames == (0, 2)]
     assert math.isnan(first[0].increment)
     assert [record.increment for record in first[1:]] == pytest.approx(measured)

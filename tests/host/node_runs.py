@@ -113,6 +113,20 @@ def diffusion_forcing(checkpoint: str) -> None:
     latents["fast"], facts["fast"] = sample(corrected, latent)
     latents["unipc"], _ = sample(windowed, latent, solver="unipc", cfg=1.0)
     latents["next clip"], _ = sample(windowed, latent, mode="next clip")
+    frozen = node("ARVAActiveFrameWindow", scheduled, "frozen K/V", 0.5, "log-signal")[0]
+    latents["frozen"], facts["frozen"] = sample(frozen, latent)
+    shared = node("ARVASharedPrefixCache", model, 0.1, "history")[0]
+    latents["shared prefix"], facts["shared prefix"] = sample(shared, latent)
+    chunked = node("ARVAChunkCache", model, 0.2, 0.9, "log-snr", "1, 0", "1", 5, 1, 0.0)[0]
+    latents["chunks"], facts["chunks"] = sample(chunked, latent, solver="unipc")
+    timed = node("ARVAChunkCache", model, 0.05, 0.05, "timestep", "1, 0", "1", 0, 2, 0.0)[0]
+    latents["timed chunks"], facts["timed chunks"] = sample(timed, latent)
+    facts["options left"] = sorted(frozen.model_options["transformer_options"])
+    several = [[positive[0][0], {}], [positive[0][0].flip(1), {}]]
+    part = [[positive[0][0], {"area": (4, 4, 0, 0), "strength": 1.0}]]
+    facts["kept K/V refuse"] = [
+        refusal(node, "ARVASegmentSampler", frozen, asked, negative, latent, **SETTINGS) for asked in (several, part)
+    ]
     latents["noised history"], _ = sample(model, latent, history_noise=0.05)
     cached = node("ARVAHistoryGuidedCache", model, 10.0, "auto", 5, 2)[0]
     _, facts["history"] = sample(cached, latent)

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from accel.chunks import ChunkConfig
 from accel.correct import CorrectionConfig
 from accel.engine import Acceleration, Run, SchedulerConfig
+from accel.kv.frozen import FrozenConfig
 from accel.policy import TriModalConfig
 from accel.sampling import SegmentPlan, causal_blocks, diffusion_forcing, next_clip
 from accel.schedule import flow_sigmas
@@ -31,12 +33,16 @@ TEXT = "red disc, blue square, gravity, pan"
 FRAMES, STEPS = 20, 8
 TOLERANCE = 1e-3
 SCHEDULE = SchedulerConfig(TriModalConfig(0.2, 0.9), "log-snr", reach=None)
+CHUNKS = ChunkConfig(TriModalConfig(0.2, 0.9, 1.0), "log-snr", reach=None)
+TIMED = ChunkConfig(TriModalConfig(0.05, 0.05, 1.0, None), "timestep", reach=None, warmup=2)
 OURS = {
     "ARVASegmentSampler": "AR Segment Sampler",
     "ARVAHistoryGuidedCache": "History-Guided Cache",
     "ARVATriModalScheduler": "Tri-Modal Scheduler",
     "ARVAResidualCorrection": "Residual Correction",
     "ARVAActiveFrameWindow": "Active Frame Window",
+    "ARVASharedPrefixCache": "Shared Prefix Cache",
+    "ARVAChunkCache": "Chunk Cache",
 }
 
 
@@ -93,6 +99,10 @@ def difference(left: Tensor, right: Tensor) -> float:
         ("fast", diffusion_forcing, Acceleration(None, SCHEDULE, CorrectionConfig(), True), {}),
         ("unipc", diffusion_forcing, Acceleration(None, SCHEDULE, None, True), {"solver": "unipc", "cfg": 1.0}),
         ("next clip", next_clip, Acceleration(None, SCHEDULE, None, True), {}),
+        ("frozen", diffusion_forcing, Acceleration(scheduler=SCHEDULE, frozen_window=FrozenConfig(0.5)), {}),
+        ("shared prefix", diffusion_forcing, Acceleration(shared_prefix=FrozenConfig(0.1, "history")), {}),
+        ("chunks", diffusion_forcing, Acceleration(chunks=CHUNKS), {"solver": "unipc"}),
+        ("timed chunks", diffusion_forcing, Acceleration(chunks=TIMED), {}),
         ("noised history", diffusion_forcing, Acceleration(), {"history_noise": 0.05}),
     ],
 )
@@ -146,6 +156,14 @@ def test_acceleration_computes_less(host) -> None:
     assert facts["full"]["flop_ratio"] == 1
     assert facts["fast"]["flop_ratio"] > 1.5
     assert facts["history"]["calls"]["cache"] > 0
+
+
+def test_kept_kv_leave_nothing_and_refuse_what_they_cannot_serve(host) -> None:
+    facts, _ = host
+    assert facts["options left"] == ["arva_acceleration"]
+    several, part = facts["kept K/V refuse"]
+    assert "several conditionings are used at the same time" in several and "remove" in several
+    assert "a part of the picture" in part and "remove" in part
 
 
 def test_thresholds_of_zero_change_nothing(host) -> None:

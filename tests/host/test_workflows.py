@@ -38,6 +38,7 @@ from tests.host.workflow_run import (
 ALL_NAMES = (*NAMES, *OTHERS_WEIGHTS)
 SHORT = {
     "tiny_diffusion_forcing": {"frames": 28, "steps": 8, "ar_step": 2},
+    "tiny_chunk_cache": {"frames": 28, "steps": 8, "ar_step": 2},
     "tiny_next_clip": {"frames": 28, "steps": 8, "threshold": 0.3},
     "tiny_causal": {"frames": 12},
     "tiny_accelerate_compare": {"frames": 16, "steps": 8, "ar_step": 2},

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from accel.chunks import ChunkConfig
 from accel.correct import CorrectionConfig
 from accel.engine import Acceleration, HistoryGuidedConfig, SchedulerConfig
+from accel.kv.frozen import FrozenConfig
 from accel.policy import TriModalConfig
 from accel.presets import EXACT, PRESETS
 from accel.sampling import SegmentPlan
@@ -96,5 +98,16 @@ def _acceleration(graph: dict[str, dict[str, Any]], node_id: str, model: TinyWan
     if node["class_type"] == "ARVAResidualCorrection":
         return replace(before, correction=CorrectionConfig(inputs["source"]))
     if node["class_type"] == "ARVAActiveFrameWindow":
-        return replace(before, suffix_window=True)
+        if inputs["mode"] == "suffix":
+            return replace(before, suffix_window=True)
+        return replace(before, frozen_window=FrozenConfig(inputs["refresh"], inputs["signal"]))
+    if node["class_type"] == "ARVASharedPrefixCache":
+        return replace(before, shared_prefix=FrozenConfig(inputs["refresh"], inputs["signal"]))
+    if node["class_type"] == "ARVAChunkCache":
+        thresholds = TriModalConfig(inputs["cache_below"], inputs["predict_below"], 1.0, inputs["max_skip"] or None)
+        order = int(inputs["order"]) if inputs["order"].isdigit() else inputs["order"]
+        coefficients = tuple(float(part) for part in inputs["coefficients"].split(","))
+        reach = inputs["reach"] or None
+        chunks = ChunkConfig(thresholds, inputs["signal"], coefficients, order, reach=reach, warmup=inputs["warmup"])
+        return replace(before, chunks=chunks)
     raise ValueError(f"The library's twin does not know the node {node['class_type']}.")

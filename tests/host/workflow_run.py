@@ -27,7 +27,7 @@ from tests.host.workflow_library import host_latents, library_latents
 
 WORKFLOWS = PACK_ROOT / "workflows"
 TARGET = PACK_ROOT / "demo" / "output" / "host"
-NAMES = ("tiny_diffusion_forcing", "tiny_next_clip", "tiny_causal", "tiny_accelerate_compare")
+NAMES = ("tiny_diffusion_forcing", "tiny_chunk_cache", "tiny_next_clip", "tiny_causal", "tiny_accelerate_compare")
 OTHERS_WEIGHTS = ("causal_forcing_fast",)  # runs only with checkpoints that are not part of the pack
 SAMPLER, TIMELINE, VIDEO = "ARVASegmentSampler", "ARVATimeline", "SaveVideo"
 LATENT_NODE = "latent of "
