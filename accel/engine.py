@@ -254,10 +254,9 @@ class Run:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of everything kept between calls."""
+        """Bytes of everything kept between calls, without frozen K/V."""
         parts = (self._history, self._meter, self._correction)
-        kept = self.denoiser.kept_bytes if self._frozen is not None else 0
-        return kept + sum(part.nbytes for part in parts if part is not None)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def _freeze(self, frames: int, prefix: int) -> FrozenWindow | None:
         """What is kept of this segment's K/V; a causal model's store holds its history already."""
@@ -602,6 +601,8 @@ class Run:
         width = self._frames if call.kind is Kind.DENOISE else call.frames[1] - call.frames[0]
         self.timeline.flops_full += self.denoiser.flops(call, width)
         self.timeline.state_bytes = max(self.timeline.state_bytes or 0, self.state_bytes)
+        if self._frozen is not None:
+            self.timeline.kv_bytes = max(self.timeline.kv_bytes or 0, self.denoiser.kept_bytes)
 
 
 def _only(call: Call, frames: tuple[int, int]) -> Call:

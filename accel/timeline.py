@@ -36,7 +36,8 @@ JSON (``Timeline.to_json``, version 1)::
         "flop_ratio": null,                flops_full / flops
         "seconds": 65.2,
         "seconds_full_estimate": 151.0,    every skipped call at the median time of a recompute; null without one
-        "state_bytes": 40000000}}          where it was set
+        "state_bytes": 40000000,           where it was set; kv_bytes are not part of it
+        "kv_bytes": 90000000}}             of kept keys and values, where any were
 
 Numbers that are not finite are null. Readers ignore keys they do not know.
 """
@@ -121,7 +122,8 @@ class Timeline:
         schedule: how the run was scheduled, for people to read.
         settings: how the acceleration was configured, for people to read.
         flops_full: FLOPs of an unaccelerated run of the same schedule, 0 where unknown.
-        state_bytes: most memory that the acceleration's own state took.
+        state_bytes: most memory that the acceleration's own state took, without kept K/V.
+        kv_bytes: most memory that kept keys and values took; None where none are kept.
         records: in the order of the run.
     """
 
@@ -135,6 +137,7 @@ class Timeline:
     settings: dict[str, Any] = field(default_factory=dict)
     flops_full: int = 0
     state_bytes: int | None = None
+    kv_bytes: int | None = None
     records: list[StepRecord] = field(default_factory=list)
     _columns: dict[tuple[int, int], int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -226,6 +229,8 @@ class Timeline:
         }
         if self.state_bytes is not None:
             totals["state_bytes"] = self.state_bytes
+        if self.kv_bytes is not None:
+            totals["kv_bytes"] = self.kv_bytes
         return totals
 
     def to_json(self) -> dict[str, Any]:
@@ -272,6 +277,7 @@ class Timeline:
             **{key: data[key] for key in keys if key in data},
             flops_full=totals.get("flops_full") or 0,
             state_bytes=totals.get("state_bytes"),
+            kv_bytes=totals.get("kv_bytes"),
             records=records,
         )
 

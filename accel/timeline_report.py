@@ -68,6 +68,8 @@ def cost_line(timeline: Timeline) -> str:
         parts.append(f"{totals['seconds']:.1f} s" + _speedup(timeline))
     if timeline.state_bytes is not None:
         parts.append(f"{quantity(timeline.state_bytes, 'B')} of state")
+    if timeline.kv_bytes is not None:
+        parts.append(f"{quantity(timeline.kv_bytes, 'B')} of kept K/V")
     return "; ".join(parts)
 
 

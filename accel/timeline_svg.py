@@ -205,6 +205,8 @@ def _hover(record: StepRecord, timeline: Timeline, rows: range, sigma: float | N
         lines.append(f"discrepancy {figures(record.discrepancy)}, threshold {figures(record.threshold)}")
     if record.corrected is not None:
         lines.append(f"corrected by {figures(record.corrected)}")
+    if record.queries:
+        lines.append("forwarded latent frames " + ", ".join(f"[{start}, {end})" for start, end in record.queries))
     if record.error is not None:
         lines.append(f"relative error {figures(record.error)}")
     if record.seconds:

@@ -180,6 +180,10 @@ export class Run {
       lines.push(`discrepancy ${figures(record.discrepancy)}, threshold ${figures(record.threshold)}`);
     }
     if (record.corrected != null) lines.push(`residual correction ${figures(record.corrected)}`);
+    if (record.queries?.length) {
+      const spans = record.queries.map(([start, end]) => `${start} to ${end - 1}`);
+      lines.push(`forwarded latent frames ${spans.join(", ")}`);
+    }
     if (record.error != null) lines.push(`predicted against true: relative error ${figures(record.error)}`);
     if (record.seconds) lines.push(seconds(record.seconds));
     return lines;
