@@ -171,7 +171,8 @@ def test_off_computes_every_chunk_and_changes_nothing(solver):
 
 
 def test_equal_local_steps_get_equal_decisions_where_only_noise_levels_count():
-    _, run = sample(chunked(0.02, 0.1, signal="timestep"))
+    chunks = ChunkConfig(TriModalConfig(0.02, 0.1, 1.0), signal="timestep")
+    _, run = sample(Acceleration(chunks=chunks, frozen_window=FrozenConfig(refresh=0.0)))
     by_chunk: dict[tuple, list] = {}
     for record in run.timeline.records:
         by_chunk.setdefault((record.segment, record.frames), []).append(record.decision)
