@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .auto import AutoConfig, AutoPolicy
 from .call import Call, Decision, Family, Kind
 from .correct import CorrectionConfig, ResidualCorrection, is_scene_cut
 from .history import VelocityHistory
@@ -93,6 +94,8 @@ class SchedulerConfig:
         reach: a prediction further ahead than this many times the distance of the last two computed noise levels
             (``D / D0`` of SCOPE's stability check) is computed instead; None never is.
         warmup: first solver steps of every chunk that are always computed.
+        quality: PSNR in dB to hold, or a level of ``auto.QUALITIES``: the run finds its own thresholds from the errors
+            it measures, and of ``thresholds`` only ``max_skip`` counts. None takes ``thresholds`` as they are.
 
     The defaults are the row "balanced" of ``make bench`` (``tiny-df``, 3.5 times fewer FLOPs).
     """
@@ -103,8 +106,11 @@ class SchedulerConfig:
     guards: Guards = field(default_factory=Guards)
     warmup: int = 1
     reach: float | None = 1.5
+    quality: float | str | None = None
 
     def __post_init__(self) -> None:
+        if self.quality is not None:
+            AutoConfig(self.quality)
         known = (*HOST_SIGNALS, *SIGNALS)
         if self.signal not in known:
             raise ValueError(f"Tri-Modal Scheduler: signal is {self.signal!r}; use one of {', '.join(known)}.")
@@ -158,6 +164,7 @@ class Run:
         self._correction = ResidualCorrection(acceleration.correction) if acceleration.correction else None
         self._policies: list[tuple[Policy, str | None]] = []
         self._replay = FixedPolicy(acceleration.replay, rewind=False) if acceleration.replay is not None else None
+        self._auto = _auto_policy(acceleration)
         self._meter: SignalMeter | None = None
         self._checks: Tensor | None = None
         self._checked = 0
@@ -202,7 +209,7 @@ class Run:
     @property
     def state_bytes(self) -> int:
         """Bytes of everything kept between calls."""
-        parts = (self._history, self._meter, self._correction)
+        parts = (self._history, self._meter, self._correction, self._auto)
         return sum(part.nbytes for part in parts if part is not None)
 
     def _make_policies(self, has_history: bool) -> list[tuple[Policy, str | None]]:
@@ -214,7 +221,7 @@ class Run:
             name = scheduler.signal
             if name.startswith("history-"):
                 name = self._history_reading(name.removeprefix("history-"), has_history)
-            policies.append((TriModalPolicy(scheduler.thresholds), name))
+            policies.append((self._auto or TriModalPolicy(scheduler.thresholds), name))
         if guided is not None:
             name = self._history_reading(guided.signal, has_history)
             policies.append((ThresholdPolicy(guided.delta, guided.max_skip), name))
@@ -251,6 +258,11 @@ class Run:
         if checked:
             error, finite = values.pop(), values.pop() == 1.0
             self.timeline.told_error(self._checked, error)
+            if self._auto is not None:
+                split = len(self._meter.names) if self._meter is not None else 0
+                values, learned = values[:split], values[split:]
+                self._auto.told(learned)
+                self.timeline.settings["auto"] = self._auto.note()
         if self._meter is not None:
             measured |= dict(zip(self._meter.names, values, strict=True))
         return (measured if finite else dict.fromkeys(measured, float("nan"))), cost
@@ -281,6 +293,8 @@ class Run:
         return None
 
     def _decide(self, call: Call, measured: dict[str, float], forced: str | None) -> tuple[Decision, dict]:
+        if self._auto is not None:
+            self._auto.look(call, self._history)
         if forced is not None:
             for policy, _ in self._policies:
                 policy.force()
@@ -333,28 +347,32 @@ class Run:
         kept = velocity
         if call.family is Family.RENOISE:
             kept = x.float() - _per_frame(call.sigmas, x) * velocity.float()
-        expected = self._expected(call, kept)
+        expected, learned = self._expected(call, kept)
         self._history.push(call.frames, call.sigmas, kept, call.active)
         if self._correction is not None:
             self._correction.record(call.segment, call.frames, call.sigmas, velocity, call.active)
-        self._checks = torch.stack((torch.isfinite(velocity).all().float(), expected))
+        self._checks = torch.cat((*learned, torch.stack((torch.isfinite(velocity).all().float(), expected))))
         self._checked = len(self.timeline.records)
 
-    def _expected(self, call: Call, kept: Tensor) -> Tensor:
+    def _expected(self, call: Call, kept: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Relative L2 error of what a skip would have answered in place of ``kept`` (the window's true velocity, or
-        x0), over the active frames; NaN where there was nothing to answer with. Stays on the device: it is read with
-        the next signal."""
-        frames = call.active_frames
-        counts = self._history.count(frames)
-        if not counts or min(counts) == 0:
-            return torch.full((), math.nan, device=kept.device)
-        first, last = frames[0] - call.frames[0], frames[1] - call.frames[0]
-        config, true = self.acceleration.scheduler, kept[:, :, first:last].float()
+        x0), over the active frames; NaN where there was nothing to answer with for one of them. Beside it what the
+        quality target learns from the same comparison. Both stay on the device: they are read with the next signal."""
+        (start, end), nothing = call.active_frames, torch.full((), math.nan, device=kept.device)
+        counts = self._history.count((start, end)) if end > start else ()
+        known = counts.index(0) if 0 in counts else len(counts)
+        if known == 0:
+            return nothing, []
+        frames, first = (start, start + known), start - call.frames[0]
+        config, true = self.acceleration.scheduler, kept[:, :, first : first + known].float()
         if config is None or call.family is Family.RENOISE or max(counts) < 2:
             answer = hold(self._history, frames)
         else:
-            answer = predict(self._history, frames, call.sigmas[first:last], config.order, config.guards)
-        return (answer - true).norm() / true.norm()
+            targets = call.sigmas[first : first + known]
+            answer = predict(self._history, frames, targets, config.order, config.guards)
+        missed = answer - true
+        learned = [self._auto.learn(frames, missed, self._frames)] if self._auto is not None else []
+        return missed.norm() / true.norm() if known == len(counts) else nothing, learned
 
     def _skip(self, call: Call, x: Tensor, decision: Decision) -> tuple[Tensor, dict]:
         frames = call.active_frames
@@ -390,6 +408,14 @@ class Run:
 
 def _per_frame(sigmas: Iterable[float], x: Tensor) -> Tensor:
     return torch.tensor(tuple(sigmas), dtype=torch.float32, device=x.device)[None, None, :, None, None]
+
+
+def _auto_policy(acceleration: Acceleration) -> AutoPolicy | None:
+    """The policy of a quality target, where one is set and no decisions are replayed."""
+    config = acceleration.scheduler
+    if config is None or config.quality is None or acceleration.replay is not None:
+        return None
+    return AutoPolicy(AutoConfig(config.quality), config.thresholds.max_skip)
 
 
 def _check_warmup(node: str, value: int) -> None:
