@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .auto import AutoConfig, AutoPolicy
 from .call import Call, Decision, Family, Kind
 from .chunks import REFRESH, ChunkConfig, ChunkDecision, ChunkPolicies, active_chunks
 from .correct import CorrectionConfig, ResidualCorrection, is_scene_cut
@@ -115,6 +116,8 @@ class SchedulerConfig:
         reach: a prediction further ahead than this many times the distance of the last two computed noise levels
             (``D / D0`` of SCOPE's stability check) is computed instead; None never is.
         warmup: first solver steps of every chunk that are always computed.
+        quality: PSNR in dB to hold, or a level of ``auto.QUALITIES``: the run finds its own thresholds from the errors
+            it measures, and of ``thresholds`` only ``max_skip`` counts. None takes ``thresholds`` as they are.
 
     The defaults are the row "balanced" of ``make bench`` (``tiny-df``, 3.5 times fewer FLOPs).
     """
@@ -125,8 +128,11 @@ class SchedulerConfig:
     guards: Guards = field(default_factory=Guards)
     warmup: int = 1
     reach: float | None = 1.5
+    quality: float | str | None = None
 
     def __post_init__(self) -> None:
+        if self.quality is not None:
+            AutoConfig(self.quality)
         known = (*HOST_SIGNALS, *SIGNALS)
         if self.signal not in known:
             raise ValueError(f"Tri-Modal Scheduler: signal is {self.signal!r}; use one of {', '.join(known)}.")
@@ -192,6 +198,7 @@ class Run:
         self._correction = ResidualCorrection(acceleration.correction) if acceleration.correction else None
         self._policies: list[tuple[Policy, str | None]] = []
         self._replay = FixedPolicy(acceleration.replay, rewind=False) if acceleration.replay is not None else None
+        self._auto = _auto_policy(acceleration)
         self._meter: SignalMeter | None = None
         self._checks = Readback()
         self._checked: list[int] = []
@@ -255,7 +262,7 @@ class Run:
     @property
     def state_bytes(self) -> int:
         """Bytes of everything kept between calls, without frozen K/V."""
-        parts = (self._history, self._meter, self._correction)
+        parts = (self._history, self._meter, self._correction, self._auto)
         return sum(part.nbytes for part in parts if part is not None)
 
     def _freeze(self, frames: int, prefix: int) -> FrozenWindow | None:
@@ -393,7 +400,7 @@ class Run:
             name = scheduler.signal
             if name.startswith("history-"):
                 name = self._history_reading(name.removeprefix("history-"), has_history)
-            policies.append((TriModalPolicy(scheduler.thresholds), name))
+            policies.append((self._auto or TriModalPolicy(scheduler.thresholds), name))
         if guided is not None:
             name = self._history_reading(guided.signal, has_history)
             policies.append((ThresholdPolicy(guided.delta, guided.max_skip), name))
@@ -431,10 +438,13 @@ class Run:
         finite; their skip errors go into the timeline."""
         values = torch.cat(pending).tolist() if pending else []
         finite = True
-        for (ok, *errors), indices in self._checks.arrived():
+        for (ok, *numbers), indices in self._checks.arrived(wait=self._auto is not None):
             finite = finite and ok == 1.0
-            for index, error in zip(indices, errors, strict=True):
+            for index, error in zip(indices, numbers, strict=False):
                 self.timeline.told_error(index, error)
+            if self._auto is not None:
+                self._auto.told(numbers[len(indices) :])
+                self.timeline.settings["auto"] = self._auto.note()
         return values, finite
 
     def _watch_for_cut(self, call: Call, measured: dict[str, float]) -> None:
@@ -463,6 +473,8 @@ class Run:
         return None
 
     def _decide(self, call: Call, measured: dict[str, float], forced: str | None) -> tuple[Decision, dict]:
+        if self._auto is not None:
+            self._auto.look(call, self._history)
         if forced is not None:
             for policy, _ in self._policies:
                 policy.force()
@@ -534,7 +546,7 @@ class Run:
         if call.family is Family.RENOISE:
             kept = x.float() - _per_frame(call.sigmas, x) * velocity.float()
         groups = groups or [call.active_frames]
-        expected = [self._expected(call, kept, frames) for frames in groups]
+        expected, learned = zip(*(self._expected(call, kept, frames) for frames in groups), strict=True)
         mask = call.active if true is None else [a and t for a, t in zip(call.active, true, strict=True)]
         self._history.push(call.frames, call.sigmas, kept, mask)
         if self._correction is not None:
@@ -542,22 +554,27 @@ class Run:
         parts = [velocity[:, :, first - call.frames[0] : last - call.frames[0]] for first, last in groups]
         finite = torch.stack([torch.isfinite(part).all() for part in parts]).all().float()
         self._checked = []
-        self._checks.send(torch.stack((finite, *expected)), self._checked)
+        self._checks.send(torch.cat((torch.stack((finite, *expected)), *sum(learned, []))), self._checked)
 
-    def _expected(self, call: Call, kept: Tensor, frames: tuple[int, int]) -> Tensor:
+    def _expected(self, call: Call, kept: Tensor, frames: tuple[int, int]) -> tuple[Tensor, list[Tensor]]:
         """Relative L2 error of what a skip would have answered in place of ``kept`` (the window's true velocity, or
-        x0), over an interval; NaN where there was nothing to answer with. Stays on the device: it is read with the next
-        signal."""
-        counts = self._history.count(frames) if frames[1] > frames[0] else ()
-        if not counts or min(counts) == 0:
-            return torch.full((), math.nan, device=kept.device)
-        first, last = frames[0] - call.frames[0], frames[1] - call.frames[0]
-        config, true = self._predictor, kept[:, :, first:last].float()
+        x0), over an interval; NaN where there was nothing to answer with for one of its frames. Beside it what the
+        quality target learns from the same comparison. Both stay on the device: they are read with the next signal."""
+        (start, end), nothing = frames, torch.full((), math.nan, device=kept.device)
+        counts = self._history.count(frames) if end > start else ()
+        known = counts.index(0) if 0 in counts else len(counts)
+        if known == 0:
+            return nothing, []
+        part, first = (start, start + known), start - call.frames[0]
+        config, true = self._predictor, kept[:, :, first : first + known].float()
         if config is None or call.family is Family.RENOISE or max(counts) < 2:
-            answer = hold(self._history, frames)
+            answer = hold(self._history, part)
         else:
-            answer = predict(self._history, frames, call.sigmas[first:last], config.order, config.guards)
-        return (answer - true).norm() / true.norm()
+            targets = call.sigmas[first : first + known]
+            answer = predict(self._history, part, targets, config.order, config.guards)
+        missed = answer - true
+        learned = [self._auto.learn(part, missed, self._frames)] if self._auto is not None else []
+        return missed.norm() / true.norm() if known == len(counts) else nothing, learned
 
     def _skip(self, call: Call, x: Tensor, decision: Decision) -> tuple[Tensor, dict]:
         """Velocity of the window without the model; 0 for latent frames that do not move."""
@@ -615,6 +632,14 @@ def _only(call: Call, frames: tuple[int, int]) -> Call:
 
 def _per_frame(sigmas: Iterable[float], x: Tensor) -> Tensor:
     return torch.tensor(tuple(sigmas), dtype=torch.float32, device=x.device)[None, None, :, None, None]
+
+
+def _auto_policy(acceleration: Acceleration) -> AutoPolicy | None:
+    """The policy of a quality target, where one is set and no decisions are replayed."""
+    config = acceleration.scheduler
+    if config is None or config.quality is None or acceleration.replay is not None:
+        return None
+    return AutoPolicy(AutoConfig(config.quality), config.thresholds.max_skip)
 
 
 def _check_warmup(node: str, value: int) -> None:

@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 from .call import Decision
 
 __all__ = [
+    "Answers",
     "Decision",
     "FixedPolicy",
     "IntervalPolicy",
@@ -56,7 +57,7 @@ class Policy(Protocol):
         ...
 
 
-class _Answers:
+class Answers:
     """Shared bookkeeping: the running sum, the skips in a row and what the timeline is told."""
 
     def __init__(self, max_skip: int | None) -> None:
@@ -111,7 +112,7 @@ class _Answers:
         return usable
 
 
-class ThresholdPolicy(_Answers):
+class ThresholdPolicy(Answers):
     """Reuse while the accumulated discrepancy stays within ``delta``, else recompute and start again from zero.
 
     The rule of ARCache's History-Guided Cache (CVPR 2026): ``A += d``, and ``A <= delta`` reuses. FlowCache
@@ -188,7 +189,7 @@ class TriModalConfig:
             )
 
 
-class TriModalPolicy(_Answers):
+class TriModalPolicy(Answers):
     """CACHE, PREDICT or RECOMPUTE from two thresholds: SCOPE eq. 3 and 5, arXiv 2604.02979.
 
     ``r^- = r + d``. CACHE where ``r^- < tau_cache``, and ``r = r^-``; PREDICT where
@@ -225,7 +226,7 @@ class TriModalPolicy(_Answers):
         return self._recompute("no history")
 
 
-class FixedPolicy(_Answers):
+class FixedPolicy(Answers):
     """Replays a list of decisions, one entry per call, forced calls included; past its end every call recomputes.
 
     For replays, oracles and negative controls. A planned skip that the stored velocities cannot serve, or whose signal
@@ -261,7 +262,7 @@ class FixedPolicy(_Answers):
         return self._planned(planned, discrepancy, can_cache, can_predict)
 
 
-class IntervalPolicy(_Answers):
+class IntervalPolicy(Answers):
     """Recomputes every ``interval``-th call and skips the others: the fixed-interval baseline.
 
     Args:

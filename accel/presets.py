@@ -21,11 +21,16 @@ from .policy import TriModalConfig
 TABLE = Path(__file__).with_name("presets.json")
 EXACT = "exact"
 QUALITIES = (EXACT, "high", "balanced", "fast")
+TARGET = "target"
 DIGEST_LETTERS = 12
 _THRESHOLDS = tuple(item.name for item in fields(TriModalConfig))
 _NODES = {
     "history_guided": ("History-Guided Cache", {"delta": "threshold"}, ()),
-    "scheduler": ("Tri-Modal Scheduler", {"tau_cache": "cache_below", "tau_predict": "predict_below"}, ("guards",)),
+    "scheduler": (
+        "Tri-Modal Scheduler",
+        {"tau_cache": "cache_below", "tau_predict": "predict_below"},
+        ("guards", "quality"),
+    ),
     "chunks": ("Chunk Cache", {"tau_cache": "cache_below", "tau_predict": "predict_below"}, ("guards", "last")),
     "frozen_window": ("Active Frame Window", {}, ("commit",)),
     "shared_prefix": ("Shared Prefix Cache", {}, ("commit",)),
@@ -126,6 +131,25 @@ def acceleration_of(settings: Mapping[str, Mapping[str, Any]]) -> Acceleration:
         else:
             parts[part] = {"history_guided": HistoryGuidedConfig, "correction": CorrectionConfig}[part](**values)
     return Acceleration(**parts)
+
+
+def quality_target(quality: float | str) -> Acceleration:
+    """Decisions that hold a PSNR in dB, or a level of ``auto.QUALITIES``, on any model: see ``accel.auto``. The
+    thresholds are found during the run; caps are wide because the predicted error is what limits a skip."""
+    return Acceleration(
+        scheduler=SchedulerConfig(TriModalConfig(0.0, 3.0, decay=1.0, max_skip=14), reach=4.0, quality=quality)
+    )
+
+
+def target_report(quality: float) -> str:
+    """What ``quality_target`` sets, in a few lines."""
+    return (
+        f"{TARGET}: {quality:g} dB PSNR to the video that {EXACT} makes, on any model.\n"
+        "Every computed call is compared with what would have been predicted in its place, and calls are skipped as "
+        "long as the errors add up to no more. AR Timeline says what was predicted at the end.\n"
+        "A single video can come out several dB off: small errors grow from segment to segment, more in some than in "
+        f"others. Compare it with quality {EXACT} by Compare Runs."
+    )
 
 
 def words(acceleration: Acceleration) -> list[str]:

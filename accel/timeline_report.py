@@ -83,6 +83,7 @@ def summary(timeline: Timeline) -> str:
         _reasons_line(timeline),
         cost_line(timeline),
         _error_line(timeline),
+        timeline.settings.get("auto"),
         why_nothing_skipped(timeline),
     ]
     return "\n".join(line for line in lines if line)
@@ -106,6 +107,8 @@ def why_nothing_skipped(timeline: Timeline) -> str | None:
     finite = [record for record in limited if record.discrepancy is not None and math.isfinite(record.discrepancy)]
     if not finite:
         return "Nothing was skipped: the discrepancy was never a finite number; check the model's precision."
+    if "auto" in timeline.settings:
+        return "Nothing was skipped: the quality target leaves no room for it; set a lower one, or use more steps."
     return f"Nothing was skipped: {_nearest(finite)}"
 
 
