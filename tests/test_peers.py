@@ -1,4 +1,3 @@
-import math
 from dataclasses import replace
 
 import pytest
@@ -23,14 +22,14 @@ from bench.peers.teacache import TeaCacheRun
 from demo.denoiser import TinyDenoiser
 from demo.generate import sample, sample_causal
 from demo.model import TinyConfig, TinyWan
-from tests.fakes import SmoothDenoiser, video
+from tests.fakes import SmoothDenoiser
 
 PLAN = SegmentPlan(frames=6, segment=4, overlap=2, block=2, ar_step=2, steps=10)
 CONTEXT = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(2))
 NOISE = torch.randn(1, 16, 6, 4, 4, generator=torch.Generator().manual_seed(0))
 TOKENS, LAYERS, DIM, FFN = 6 * 4, 2, 48, 64
 COUNTING = {"fixed interval", "TaylorSeer-lite", "TaylorSeer per layer", "PAB", "Delta-DiT"}
-NOTHING = {name: 1 if name in COUNTING else 0.0 for name in PEERS} | {"fewer steps": 1.0, "random schedule": 1.0}
+NOTHING = {name: 1 if name in COUNTING else 0.0 for name in PEERS} | {"fewer-steps": 1.0, "random schedule": 1.0}
 BOLDEST = {name: 10**9 if name in COUNTING else 1e9 for name in PEERS} | {"random schedule": 0.0}
 PARTIAL = ("PAB", "Delta-DiT")
 
@@ -97,7 +96,7 @@ def test_the_setting_that_skips_nothing_is_the_plain_loop_bit_for_bit(name, regi
     assert costs[0] == costs[1] or name.startswith(("SCOPE", "TeaCache")), "a signal is all that may cost more"
 
 
-@pytest.mark.parametrize(("name", "regime"), [case for case in CASES if case[0] != "fewer steps"])
+@pytest.mark.parametrize(("name", "regime"), [case for case in CASES if case[0] != "fewer-steps"])
 def test_the_boldest_setting_computes_forced_calls_only(name, regime):
     result = run_of(PEERS[name], regime, BOLDEST[name])
     for record in result.timeline.records:
@@ -139,11 +138,12 @@ def test_a_velocity_that_is_not_finite_is_never_taken_for_small_change():
 
 
 def test_the_random_schedule_computes_its_share_and_repeats():
-    plan = SegmentPlan(frames=2, segment=2, block=2, steps=60)
     for share in (0.25, 0.5):
-        peer = PEERS["random schedule"]
-        runs = [sample(MODELS["tiny-df"], CONTEXT, NOISE[:, :, :2], plan=plan, make_run=peer.make(share)) for _ in "ab"]
-        decisions = [[record.decision for record in result.timeline.records] for result in runs]
+        decisions = []
+        for _ in range(2):
+            run = PEERS["random schedule"].make(share)(SmoothDenoiser(), Timeline())
+            list(causal_blocks(run, NOISE[:, :3, :2].double(), 2, flow_sigmas(60)))
+            decisions.append([record.decision for record in run.timeline.records if record.decision != "commit"])
         assert decisions[0] == decisions[1]
         assert abs(decisions[0].count("recompute") - 60 * share) <= 1
 
@@ -178,19 +178,22 @@ def test_smoothed_slopes_are_the_average_of_this_one_and_the_last():
     assert float(features.at([0.65])) == pytest.approx(2.0 + slope * -0.05)
 
 
-def test_taylorseer_lite_skips_between_intervals_and_forecasts_a_line():
-    class Line(SmoothDenoiser):
-        def velocity(self, call, x):
-            steps = torch.tensor(call.steps, dtype=x.dtype)[None, None, :, None, None]
-            return (2.0 * steps + 1.0).expand(x.shape)
+class LineDenoiser(SmoothDenoiser):
+    """A velocity that is a line in the local solver step."""
 
-    lines = []
-    for setting in (1, 5):
-        run = TaylorSeerRun(Line(), Timeline(), setting)
-        lines.append(video(causal_blocks(run, NOISE[:, :3].double(), 2, flow_sigmas(20, 3.0))))
-    assert torch.allclose(*lines, atol=1e-12)
-    one = [record.decision for record in run.timeline.records if record.segment == 0][:12]
-    assert [index for index, decision in enumerate(one) if decision == "recompute"] == [0, 1, 6, 11]
+    def velocity(self, call, x):
+        steps = torch.tensor(call.steps, dtype=x.dtype)[None, None, :, None, None]
+        return (2.0 * steps + 1.0).expand(x.shape)
+
+
+def test_taylorseer_lite_holds_then_forecasts_a_line_between_its_intervals():
+    run = TaylorSeerRun(LineDenoiser(), Timeline(), 5)
+    run.begin_segment(0, 6, 0)
+    answers = [float(run.step(call_at(step), NOISE.double())[0].mean()) for step in range(1, 21)]
+    computed = [step for step, record in enumerate(run.timeline.records, 1) if record.decision == "recompute"]
+    assert computed == [1, 6, 11, 16, 20]
+    assert answers[:5] == [3.0] * 5
+    assert answers[5:] == pytest.approx([2.0 * step + 1.0 for step in range(6, 21)])
 
 
 def denoiser_of(regime: str = "tiny-df") -> TinyDenoiser:
@@ -280,15 +283,15 @@ def test_delta_dit_repeats_a_call_exactly():
 
 
 def test_taylorseer_per_layer_holds_order_plus_one_of_every_module():
-    run = LayerTaylorSeerRun(denoiser_of(), Timeline(), 4)
+    run = LayerTaylorSeerRun(denoiser_of(), Timeline(), 2)
     run.begin_segment(0, 6, 0)
     for step in range(1, 5):
         run.step(call_at(step), NOISE)
     assert run.state_bytes == 2 * 3 * LAYERS * 2 * TOKENS * DIM * 4
     decisions = [record.decision for record in run.timeline.records]
-    assert decisions == ["recompute", "recompute", "predict", "predict"]
+    assert decisions == ["recompute", "predict"] * 2
     ends = by_hand(False, False) - 2 * LAYERS * 2 * linear_flops(TOKENS, DIM, FFN)
-    assert [record.flops for record in run.timeline.records][2:] == [ends] * 2
+    assert [record.flops for record in run.timeline.records][1::2] == [ends] * 2
 
 
 def test_holding_the_residual_costs_the_embeddings_and_the_head():
@@ -302,7 +305,7 @@ def test_holding_the_residual_costs_the_embeddings_and_the_head():
 
 
 def test_magcache_follows_its_formula():
-    table = Calibration(tuple(1.0 if step < 4 else 0.9 for step in range(20)), (1.0, 0.0))
+    table = Calibration(tuple(1.0 if step < 4 else 0.9 for step in range(20)))
     run = MagCacheRun(denoiser_of(), Timeline(), 0.35, table, max_skip=5)
     run.begin_segment(0, 6, 0)
     decisions = [run.decide(call_at(step), NOISE) for step in (1,)]
@@ -324,7 +327,6 @@ def test_calibration_reads_the_residual_of_each_local_step():
     denoiser, ratios, before = denoiser_of(), [], None
     levels = flow_sigmas(6, 3.0).tolist()
     assert made.magnitude(1, 50) == 1.0 and made.magnitude(50, 50) == made.magnitudes[-1]
-    assert made.rescaled(math.nan) != made.rescaled(math.nan) and made.rescaled(0.1) >= 0.0
     x = NOISE
     for step in (1, 2):
         opened = open_forward(denoiser, call_at(step, sigma=levels[step - 1]), x)

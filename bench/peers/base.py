@@ -148,16 +148,13 @@ class PeerRun(Run):
         velocity[:, :, first:last] = part
         return velocity
 
-    def forced(self, call: Call, warmup: int = 1, last: bool = True) -> str | None:
-        """Why the call is computed whatever the method measures: an active latent frame not computed before, the
-        youngest active chunk within its first ``warmup`` solver steps, or the last call of the segment."""
+    def forced(self, call: Call) -> str | None:
+        """Why the call is computed whatever the method measures: an active latent frame not computed before, or the
+        last call of the segment."""
         frames = active_frames(call)
         if not frames or not self.known.issuperset(frames):
             return "new frames"
-        youngest = active_steps(call)[0]
-        if youngest <= warmup:
-            return "warm-up"
-        return "last" if last and youngest == call.total_steps else None
+        return "last" if active_steps(call)[0] == call.total_steps else None
 
     def compute_by_force(self, reason: str) -> Decision:
         """RECOMPUTE, with the reason in the record."""

@@ -1,4 +1,4 @@
-"""What TeaCache and MagCache have to know of a model before they can run, from one full run of it.
+"""What MagCache has to know of a model before it can run, from one full run of it.
 
 The run is of seed 0, which no comparison uses, over one segment of the model's own schedule. The result is kept by a
 digest of the weights, in memory and in ``bench/results/calibration/``, and made anew when they change.
@@ -11,15 +11,14 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
+from statistics import fmean
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from accel.call import Call, Decision
 from accel.engine import Denoiser
 from accel.sampling import SegmentPlan
-from accel.signals import relative_l1
 from accel.timeline import Timeline
 from bench.runs import prompt
 from demo.denoiser import TinyDenoiser
@@ -30,7 +29,6 @@ from .base import active_frames
 from .residual import ResidualRun
 
 FOLDER = Path(__file__).parents[1] / "results" / "calibration"
-DEGREE = 4
 STEPS = PLAN.steps
 SEED = 0
 
@@ -42,55 +40,39 @@ class Calibration:
     Attributes:
         magnitudes: MagCache's gamma (arXiv 2506.09045) of every local solver step of a chunk: mean over tokens of
             ``|r_i| / |r_{i-1}|``, r the hidden residual of a token; 1 for the first step, which has no step before it.
-        coefficients: TeaCache's polynomial (arXiv 2411.19108), highest power first: from the relative L1 change of the
-            modulated input to that of the model's output.
     """
 
     magnitudes: tuple[float, ...]
-    coefficients: tuple[float, ...]
 
     def magnitude(self, step: int, steps: int) -> float:
         """Gamma of local step ``step`` of ``steps``: the nearest one of the calibrated run."""
         last = len(self.magnitudes) - 1
         return self.magnitudes[round((step - 1) / max(1, steps - 1) * last)]
 
-    def rescaled(self, change: float) -> float:
-        """Output change that goes with a change of the modulated input; a fit below zero counts as no change."""
-        return float(max(np.polyval(self.coefficients, change), 0.0)) if change == change else change
-
 
 class FullRun(ResidualRun):
-    """Computes every call and writes down how residual, modulated input and output change from call to call."""
+    """Computes every call and writes down how the residual of each local step compares with that of the one before."""
 
     def __init__(self, denoiser: Denoiser, timeline: Timeline) -> None:
         super().__init__(denoiser, timeline)
         self.ratios: dict[int, list[float]] = {}
-        self.changes: list[tuple[float, float]] = []
 
     def reset(self, frames: int) -> None:
         super().reset(frames)
-        self._before: tuple[set[int], Tensor, Tensor] | None = None
+        self._before: set[int] = set()
 
     def decide(self, call: Call, x: Tensor) -> Decision:
         return Decision.RECOMPUTE
 
     def computed(self, call: Call, residual: Tensor) -> None:
-        if self._before is None:
+        frames, width = self._before.intersection(active_frames(call)), len(call.active)
+        self._before = set(active_frames(call))
+        if not frames:
             return
-        frames, width = self._before[0].intersection(active_frames(call)), len(call.active)
         now, before = (value.unflatten(1, (width, -1)).norm(dim=-1) for value in (residual, self.residual))
         ratio = (now / before).mean((0, 2)).tolist()
         for frame in frames:
             self.ratios.setdefault(call.steps[frame - call.frames[0]], []).append(ratio[frame - call.frames[0]])
-
-    def learn(self, call: Call, x: Tensor, velocity: Tensor) -> None:
-        feature, frames = self.denoiser.feature("modulated", call, x), active_frames(call)
-        if self._before is not None:
-            shared = [frame - call.frames[0] for frame in self._before[0].intersection(frames)]
-            inputs = relative_l1(feature[:, shared], self._before[1][:, shared])
-            outputs = relative_l1(velocity[:, :, shared], self._before[2][:, :, shared])
-            self.changes.append((float(inputs), float(outputs)))
-        self._before = set(frames), feature, velocity
 
 
 def calibrate(model: TinyWan, guidance: float, steps: int) -> Calibration:
@@ -110,9 +92,8 @@ def calibrate(model: TinyWan, guidance: float, steps: int) -> Calibration:
         plan = SegmentPlan(PLAN.segment, PLAN.segment, 0, PLAN.block, ar_step, steps)
         sample(model, prompt(SEED), start_noise(SEED, plan.frames), None, plan, guidance, make_run=make)
     run = runs[0]
-    magnitudes = tuple(float(np.mean(run.ratios[step])) if step in run.ratios else 1.0 for step in range(1, steps + 1))
-    inputs, outputs = np.array([pair for pair in run.changes if np.isfinite(pair).all()]).T
-    return Calibration(magnitudes, tuple(np.polyfit(inputs, outputs, min(DEGREE, len(inputs) - 1)).tolist()))
+    magnitudes = tuple(fmean(run.ratios[step]) if step in run.ratios else 1.0 for step in range(1, steps + 1))
+    return Calibration(magnitudes)
 
 
 def calibration_of(denoiser: TinyDenoiser) -> Calibration:
@@ -125,11 +106,11 @@ def calibration_of(denoiser: TinyDenoiser) -> Calibration:
 def _known(digest: str, guidance: float, model: TinyWan) -> Calibration:
     path = FOLDER / f"{model.config.kind}-{digest}-cfg-{guidance:g}.json"
     if path.exists():
-        stored = json.loads(path.read_text())
-        return Calibration(**{name: tuple(values) for name, values in stored.items()})
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return Calibration(tuple(stored["magnitudes"]))
     made = calibrate(model, guidance, STEPS)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(made)) + "\n")
+    path.write_text(json.dumps(asdict(made)) + "\n", encoding="utf-8")
     return made
 
 

@@ -7,8 +7,8 @@ changed little.
 
 Corrected: core adds the stored difference to the input in place, which with 32-bit models is the very tensor the
 sampler goes on with; here the sum is a new tensor. Reading: means over the latent frames being denoised that were
-denoised at the earlier call too. Core's start and end percent (0.15 and 0.95) are those of the youngest active chunk;
-outside them the call is computed.
+denoised at the earlier call too. A call is computed until the oldest active chunk has passed core's start percent (0.15
+of its steps), and again when the youngest has passed the end percent (0.95).
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ class EasyCacheRun(PeerRun):
         return inputs + (0 if self.computed is None else self.computed[1].nbytes + self.computed[2].nbytes)
 
     def _outside(self, call: Call) -> str | None:
-        done = (active_steps(call)[0] - 1) / call.total_steps
-        return "warm-up" if done < self.start else "last" if done >= self.end else None
+        steps = active_steps(call)
+        youngest, oldest = ((step - 1) / call.total_steps for step in (steps[0], steps[-1]))
+        return "warm-up" if oldest < self.start else "last" if youngest >= self.end else None
 
 
 def _shared(call: Call, earlier: set[int]) -> list[int]:
@@ -95,5 +96,5 @@ PEER = Peer(
     source="ComfyUI core, arXiv 2507.02860",
     settings=(0.05, 0.1, 0.2, 0.4, 0.8),
     make=make,
-    note="as in core but not in place; active latent frames only; start and end percent of the youngest active chunk",
+    note="as in core but not in place; active latent frames only; starts with the oldest chunk, ends with the youngest",
 )

@@ -18,7 +18,7 @@ def make(divisor: float) -> MakeRun:
 
 
 PEER = Peer(
-    name="fewer steps",
+    name="fewer-steps",
     source="the model's own sampler",
     settings=(1.5, 2.0, 2.5, 3.0, 4.0, 5.0),
     make=make,

@@ -17,11 +17,10 @@ from .base import MakeRun, Peer, PeerRun
 
 
 class IntervalRun(PeerRun):
-    """Computes every ``interval``-th call and the first ``warmup`` solver steps of each chunk; others are ``skip``."""
+    """Computes every ``interval``-th call and the first solver step of each chunk; the others are ``skip``."""
 
     title = "Fixed interval"
     skip = Decision.CACHE
-    warmup = 1
 
     def __init__(self, denoiser: Denoiser, timeline: Timeline, interval: int) -> None:
         super().__init__(denoiser, timeline)
@@ -30,7 +29,7 @@ class IntervalRun(PeerRun):
         self.interval = interval
 
     def decide(self, call: Call, x: Tensor) -> Decision:
-        reason = self.forced(call, self.warmup)
+        reason = self.forced(call)
         if reason is None and call.iteration - self._computed < self.interval:
             return self.skip
         self._computed = call.iteration

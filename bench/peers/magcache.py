@@ -5,13 +5,11 @@ little.
 
 Reading for chunks at different steps: gamma is a table over the local step of a chunk (the whole table of the paper is
 one trajectory, and a chunk is one); each active latent frame keeps its own ratio and error, and the call is skipped
-while all of them are below E. The first fifth of a chunk's steps (retention 0.2) and the last call of a segment are
-computed.
+while all of them are below E. Calls are computed while the oldest active chunk is in the first fifth of its steps
+(retention 0.2), when a chunk enters and at the end of a segment.
 """
 
 from __future__ import annotations
-
-import math
 
 from torch import Tensor
 
@@ -19,7 +17,7 @@ from accel.call import Call, Decision
 from accel.engine import Denoiser
 from accel.timeline import Timeline
 
-from .base import MakeRun, Peer
+from .base import MakeRun, Peer, active_steps
 from .calibration import Calibration, calibration_of
 from .residual import ResidualRun
 
@@ -28,8 +26,7 @@ RETENTION = 0.2
 
 
 class MagCacheRun(ResidualRun):
-    """``threshold`` is E, ``max_skip`` K (None for no cap), ``retention`` the share of a chunk's steps always
-    computed."""
+    """``threshold`` is E, ``max_skip`` K (None for no cap), ``retention`` the share of the steps always computed."""
 
     title = "MagCache"
 
@@ -57,7 +54,9 @@ class MagCacheRun(ResidualRun):
 
     def decide(self, call: Call, x: Tensor) -> Decision:
         self.told = {"threshold": self.threshold}
-        reason = self.forced(call, max(1, math.ceil(self.retention * call.total_steps)))
+        reason = self.forced(call)
+        if reason is None and active_steps(call)[-1] <= self.retention * call.total_steps:
+            reason = "warm-up"
         if reason is None:
             worst = self._expect(call)
             self.told["discrepancy"] = worst
@@ -91,5 +90,5 @@ PEER = Peer(
     source="arXiv 2506.09045",
     settings=(0.03, 0.06, 0.12, 0.24, 0.48),
     make=make,
-    note="gamma per local step of a chunk, the worst active latent frame decides, K = 4, retention 0.2 of each chunk",
+    note="gamma per local step of a chunk, the worst active latent frame decides, K = 4, retention 0.2 (oldest chunk)",
 )

@@ -109,7 +109,7 @@ def make_auto(tau_predict: float) -> MakeRun:
     return lambda denoiser, timeline: AutoRun(denoiser, timeline, tau_predict)
 
 
-SETTINGS = (0.15, 0.3, 0.42, 0.6, 0.9)
+SETTINGS = (0.03, 0.06, 0.09, 0.12, 0.15, 0.42)
 MOMENTUM = Peer(
     name="SCOPE momentum",
     source="arXiv 2604.02979",

@@ -7,7 +7,8 @@ layer`` forecasts the output of every attention and feed-forward module before i
 embedding, modulation, gates and head at every call; its memory is (order + 1) x modules x tokens.
 
 Reading: the step index of a latent frame is the local solver step of its chunk. Every ``interval``-th call and the
-first two solver steps of each chunk are computed; order 1, as published for video.
+first solver step of each chunk (published: 1 to 3) are computed; until a chunk has two computed steps its value is
+held. Order 1, as published for video.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ class TaylorSeerRun(IntervalRun):
     title = "TaylorSeer-lite"
     depth = 0
     skip = Decision.PREDICT
-    warmup = 2
 
     def __init__(self, denoiser: Denoiser, timeline: Timeline, interval: int, order: int = ORDER) -> None:
         super().__init__(denoiser, timeline, interval)
@@ -103,7 +103,7 @@ LITE = Peer(
     source="arXiv 2503.06923",
     settings=(2, 3, 4, 5, 6),
     make=make_lite,
-    note="output only, order 1, first two solver steps of each chunk computed; the interval starts again with each",
+    note="output only, order 1, first solver step of each chunk computed, where the interval starts again",
 )
 PER_LAYER = Peer(
     name="TaylorSeer per layer",

@@ -1,12 +1,12 @@
-"""TeaCache (arXiv 2411.19108): hold the hidden residual while the accumulated, rescaled change of the modulated input
-stays below a threshold.
+"""TeaCache (arXiv 2411.19108): hold the hidden residual while the accumulated change of the modulated input stays
+below a threshold.
 
     A += poly(mean|m_i - m_{i-1}| / mean|m_{i-1}|);   A < threshold reuses, else computes and A = 0.
 
-Reading: m is the first block's modulated input of the latent frames being denoised; the polynomial is fitted to this
-model (``calibration``), and a fit below zero counts as no change. One decision per guided call, so that both CFG
-branches agree; the call says which step it is, nothing counts forwards. m is remembered at every call, skipped or not.
-The first solver step of each chunk and the last call of a segment are computed.
+Reading: m is the first block's modulated input of the latent frames being denoised, and poly, which the paper fits for
+each model, the identity, as in ARCache's comparison. One decision per guided call, so that both CFG branches agree; the
+call says which step it is, nothing counts forwards. m is remembered at every call, skipped or not. The first solver
+step of each chunk and the last call of a segment are computed.
 """
 
 from __future__ import annotations
@@ -19,20 +19,17 @@ from accel.signals import SignalMeter
 from accel.timeline import Timeline
 
 from .base import MakeRun, Peer
-from .calibration import Calibration, calibration_of
 from .residual import ResidualRun
 
 
 class TeaCacheRun(ResidualRun):
-    """``threshold`` on the accumulated change; ``calibration`` None leaves the change as it is measured."""
+    """``threshold`` on the accumulated relative L1 change."""
 
     title = "TeaCache"
 
-    def __init__(
-        self, denoiser: Denoiser, timeline: Timeline, threshold: float, calibration: Calibration | None = None
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, timeline: Timeline, threshold: float) -> None:
         super().__init__(denoiser, timeline)
-        self.threshold, self.calibration = threshold, calibration
+        self.threshold = threshold
 
     def reset(self, frames: int) -> None:
         super().reset(frames)
@@ -40,8 +37,7 @@ class TeaCacheRun(ResidualRun):
 
     def decide(self, call: Call, x: Tensor) -> Decision:
         feature = self.feature("modulated", call, x)
-        change = float(self.meter.measure({"modulated": feature}, call))
-        increment = change if self.calibration is None else self.calibration.rescaled(change)
+        increment = float(self.meter.measure({"modulated": feature}, call))
         self.told = {"increment": increment, "threshold": self.threshold}
         if reason := self.forced(call):
             self.sum = 0.0
@@ -59,14 +55,14 @@ class TeaCacheRun(ResidualRun):
 
 
 def make(threshold: float) -> MakeRun:
-    """TeaCache with this threshold, calibrated for the denoiser's model."""
-    return lambda denoiser, timeline: TeaCacheRun(denoiser, timeline, threshold, calibration_of(denoiser))
+    """TeaCache with this threshold."""
+    return lambda denoiser, timeline: TeaCacheRun(denoiser, timeline, threshold)
 
 
 PEER = Peer(
     name="TeaCache",
     source="arXiv 2411.19108",
-    settings=(0.05, 0.1, 0.2, 0.4, 0.8),
+    settings=(0.05, 0.08, 0.12, 0.16, 0.2, 0.3),
     make=make,
-    note="modulated input of the active latent frames, polynomial fitted to this model, one decision per guided call",
+    note="modulated input of the active latent frames, no polynomial, one decision per guided call",
 )
