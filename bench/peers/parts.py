@@ -1,6 +1,6 @@
 """A tiny model's forward in parts, for methods that change what happens inside it.
 
-``open_forward`` embeds, ``run_block`` is one transformer block whose three modules can be left out, ``close_forward``
+``open_forward`` embeds, ``run_blocks`` runs transformer blocks whose three modules can be left out, ``close_forward``
 is the head and the guidance. Run one after the other they are the model's own forward, operation by operation. FLOPs
 are counted as ``accel.flops`` counts them, for all branches.
 """

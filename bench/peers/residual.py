@@ -17,9 +17,10 @@ class ResidualRun(PeerRun):
     """
 
     depth = 0
+    residual: Tensor | None = None
 
     def reset(self, frames: int) -> None:
-        self.residual: Tensor | None = None
+        self.residual = None
 
     def answer(self, call: Call, x: Tensor, decision: Decision) -> Tensor:
         opened, frames = open_forward(self.denoiser, call, x), x.shape[2]
@@ -39,4 +40,4 @@ class ResidualRun(PeerRun):
 
     @property
     def state_bytes(self) -> int:
-        return 0 if getattr(self, "residual", None) is None else self.residual.nbytes
+        return 0 if self.residual is None else self.residual.nbytes

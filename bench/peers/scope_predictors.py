@@ -32,6 +32,7 @@ class AutoRun(PeerRun):
 
     title = "SCOPE auto"
     depth = 3
+    meter: SignalMeter | None = None
 
     def __init__(self, denoiser: Denoiser, timeline: Timeline, tau_predict: float, max_skip: int | None = 5) -> None:
         super().__init__(denoiser, timeline)
@@ -65,7 +66,7 @@ class AutoRun(PeerRun):
 
     @property
     def state_bytes(self) -> int:
-        return super().state_bytes + (self.meter.nbytes if hasattr(self, "meter") else 0)
+        return super().state_bytes + (0 if self.meter is None else self.meter.nbytes)
 
 
 class MomentumRun(AutoRun):
@@ -73,6 +74,7 @@ class MomentumRun(AutoRun):
 
     title = "SCOPE momentum"
     depth = 0
+    slopes: Differences | None = None
 
     def reset(self, frames: int) -> None:
         super().reset(frames)
@@ -96,7 +98,7 @@ class MomentumRun(AutoRun):
 
     @property
     def state_bytes(self) -> int:
-        return super().state_bytes + (self.slopes.nbytes if hasattr(self, "slopes") else 0)
+        return super().state_bytes + (0 if self.slopes is None else self.slopes.nbytes)
 
 
 def make_momentum(tau_predict: float) -> MakeRun:

@@ -26,6 +26,7 @@ class TeaCacheRun(ResidualRun):
     """``threshold`` on the accumulated relative L1 change."""
 
     title = "TeaCache"
+    meter: SignalMeter | None = None
 
     def __init__(self, denoiser: Denoiser, timeline: Timeline, threshold: float) -> None:
         super().__init__(denoiser, timeline)
@@ -51,7 +52,7 @@ class TeaCacheRun(ResidualRun):
 
     @property
     def state_bytes(self) -> int:
-        return super().state_bytes + (self.meter.nbytes if hasattr(self, "meter") else 0)
+        return super().state_bytes + (0 if self.meter is None else self.meter.nbytes)
 
 
 def make(threshold: float) -> MakeRun:
