@@ -7,7 +7,7 @@ from torch import Tensor
 
 from accel.call import Call, Kind
 from accel.flops import WanShape
-from accel.kv.frozen import FrozenKV
+from accel.kv.frozen import FrozenKV, FrozenView
 from accel.kv.store import KVStore
 
 from .model import PATCH, TinyWan, block_causal_mask
@@ -24,6 +24,9 @@ class TinyDenoiser:
         rollout: latent frames of the whole video, for the K/V store of a causal model.
         chunk: latent frames of a chunk, to look at earlier chunks only (block-causal attention, the same in every
             call); 0 sees the whole window.
+
+    Attributes:
+        shape: the transformer's shape, from which FLOPs are counted.
     """
 
     def __init__(
@@ -38,30 +41,35 @@ class TinyDenoiser:
         self._rollout, self._chunk = rollout, chunk
         self._kept: FrozenKV | None = None
         self._store: KVStore | None = None
-        self._shape = WanShape(
+        self.shape = WanShape(
             config.dim, config.ffn_dim, config.num_layers, config.num_heads, TOKENS, in_channels=config.in_dim,
             out_channels=config.in_dim, freq_dim=config.freq_dim, text_dim=TEXT_DIM,
         )  # fmt: skip
 
     @torch.inference_mode()
     def velocity(self, call: Call, x: Tensor) -> Tensor:
-        sigma = self._told(call, x)
+        *given, store = self.inputs(call, x)
+        out = self.model(*given, self._mask(call, x), store)
+        if self.model.config.causal_ar and call.kind is not Kind.DENOISE:
+            store.commit(x.shape[2] * _tokens(x))
+        return self.guided(out)
+
+    def inputs(self, call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, KVStore | FrozenView | None]:
+        """What the model is given for a call, branches as one batch (conditional first): latents, noise levels,
+        prompt, time positions and the K/V store (None for a model without one)."""
         first, last = call.queries or call.frames
-        asked = slice(first - call.frames[0], last - call.frames[0])
+        asked, store = slice(first - call.frames[0], last - call.frames[0]), None
         positions = torch.arange(first, last)
-        store, mask = None, None
-        if self._chunk:
-            mask = block_causal_mask(call.frames[1], _tokens(x), self._chunk)
-            mask = mask[first * _tokens(x) : last * _tokens(x), call.frames[0] * _tokens(x) :]
         if call.queries is not None:
             store = self._kept.view(call.queries, call.frames)
         elif self.model.config.causal_ar:
             positions = positions + call.offset
             store = self._open(call, x)
-        x, sigma = self._twice(x[:, :, asked]), self._twice(sigma[:, asked])
-        out = self.model(x, sigma, self.context, positions, mask, store)
-        if self.model.config.causal_ar and call.kind is not Kind.DENOISE:
-            store.commit(x.shape[2] * _tokens(x))
+        told = self._told(call, x)[:, asked]
+        return self._twice(x[:, :, asked]), self._twice(told), self.context, positions, store
+
+    def guided(self, out: Tensor) -> Tensor:
+        """Guided velocity ``[B, C, T, H, W]`` of the model's answers, branches as one batch."""
         if self.branches == 1:
             return out.clone()
         conditional, unconditional = out.chunk(2)
@@ -86,7 +94,12 @@ class TinyDenoiser:
         keys = (call.offset + frames) * tokens if self.model.config.causal_ar else None
         if call.queries is not None:
             keys = (call.frames[1] - call.frames[0]) * tokens
-        return self._batch * self._shape.forward_flops(frames, tokens, keys, branches=self.branches)
+        return self._batch * self.shape.forward_flops(frames, tokens, keys, branches=self.branches)
+
+    def size(self, frames: int) -> tuple[int, int]:
+        """Tokens of a window of ``frames`` latent frames, and how many such windows a guided call forwards (batch
+        times branches)."""
+        return frames * self._tokens_per_frame, self._batch * self.branches
 
     def keep(self, frames: int) -> str | None:
         if self._kept is None or self._kept.frames < frames:
@@ -100,12 +113,12 @@ class TinyDenoiser:
     def feature_flops(self, kind: str, call: Call, frames: int) -> int:
         if kind == "latent":
             return 0
-        count = self._shape.time_flops(frames)
+        count = self.shape.time_flops(frames)
         if kind != "timestep":
-            count += self._shape.patch_flops(frames * self._tokens_per_frame)
+            count += self.shape.patch_flops(frames * self._tokens_per_frame)
         if kind == "block0":
             tokens = frames * self._tokens_per_frame
-            count += self._shape.block_flops(tokens, tokens) + self._shape.text_flops()
+            count += self.shape.block_flops(tokens, tokens) + self.shape.text_flops()
         return self._batch * count
 
     def sized(self, x: Tensor) -> TinyDenoiser:
@@ -118,6 +131,13 @@ class TinyDenoiser:
         if self.shares_time and any(call.active):
             sigmas = sigmas.max().expand(len(sigmas))
         return sigmas[None].expand(x.shape[0], -1)
+
+    def _mask(self, call: Call, x: Tensor) -> Tensor | None:
+        if not self._chunk:
+            return None
+        tokens, (first, last) = _tokens(x), call.queries or call.frames
+        mask = block_causal_mask(call.frames[1], tokens, self._chunk)
+        return mask[first * tokens : last * tokens, call.frames[0] * tokens :]
 
     def _twice(self, x: Tensor) -> Tensor:
         return x if self.branches == 1 else torch.cat((x, x))
