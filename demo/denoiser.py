@@ -21,6 +21,9 @@ class TinyDenoiser:
         context: prompt ``[B, 64, 64]``.
         guidance: v = u + guidance (c - u); 1 runs the conditional branch alone.
         rollout: latent frames of the whole video, for the K/V store of a causal model.
+
+    Attributes:
+        shape: the transformer's shape, from which FLOPs are counted.
     """
 
     def __init__(self, model: TinyWan, context: Tensor, guidance: float = 2.0, rollout: int = 0) -> None:
@@ -32,22 +35,31 @@ class TinyDenoiser:
         self.context = context if self.branches == 1 else torch.cat((context, torch.zeros_like(context)))
         self._rollout = rollout
         self._store: KVStore | None = None
-        self._shape = WanShape(
+        self.shape = WanShape(
             config.dim, config.ffn_dim, config.num_layers, config.num_heads, TOKENS, in_channels=config.in_dim,
             out_channels=config.in_dim, text_dim=TEXT_DIM,
         )  # fmt: skip
 
     @torch.inference_mode()
     def velocity(self, call: Call, x: Tensor) -> Tensor:
-        sigma = self._told(call, x)
+        *given, store = self.inputs(call, x)
+        out = self.model(*given, store=store)
+        if store is not None and call.kind is not Kind.DENOISE:
+            store.commit(x.shape[2] * _tokens(x))
+        return self.guided(out)
+
+    def inputs(self, call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, KVStore | None]:
+        """What the model is given for a call, branches as one batch (conditional first): latents, noise levels,
+        prompt, time positions and the K/V store (None for a model without one)."""
         positions = torch.arange(call.frames[0], call.frames[1])
         store = None
         if self.model.config.causal_ar:
             positions = positions + call.offset
             store = self._open(call, x)
-        out = self.model(self._twice(x), self._twice(sigma), self.context, positions, store=store)
-        if store is not None and call.kind is not Kind.DENOISE:
-            store.commit(x.shape[2] * _tokens(x))
+        return self._twice(x), self._twice(self._told(call, x)), self.context, positions, store
+
+    def guided(self, out: Tensor) -> Tensor:
+        """Guided velocity ``[B, C, T, H, W]`` of the model's answers, branches as one batch."""
         if self.branches == 1:
             return out.clone()
         conditional, unconditional = out.chunk(2)
@@ -70,17 +82,22 @@ class TinyDenoiser:
     def flops(self, call: Call, frames: int) -> int:
         tokens = self._tokens_per_frame
         keys = (call.offset + frames) * tokens if self.model.config.causal_ar else None
-        return self._batch * self._shape.forward_flops(frames, tokens, keys, branches=self.branches)
+        return self._batch * self.shape.forward_flops(frames, tokens, keys, branches=self.branches)
+
+    def size(self, frames: int) -> tuple[int, int]:
+        """Tokens of a window of ``frames`` latent frames, and how many such windows a guided call forwards (batch
+        times branches)."""
+        return frames * self._tokens_per_frame, self._batch * self.branches
 
     def feature_flops(self, kind: str, call: Call, frames: int) -> int:
         if kind == "latent":
             return 0
-        count = self._shape.time_flops(frames)
+        count = self.shape.time_flops(frames)
         if kind != "timestep":
-            count += self._shape.patch_flops(frames * self._tokens_per_frame)
+            count += self.shape.patch_flops(frames * self._tokens_per_frame)
         if kind == "block0":
             tokens = frames * self._tokens_per_frame
-            count += self._shape.block_flops(tokens, tokens) + self._shape.text_flops()
+            count += self.shape.block_flops(tokens, tokens) + self.shape.text_flops()
         return self._batch * count
 
     def sized(self, x: Tensor) -> TinyDenoiser:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from accel.engine import Acceleration, Run
+from accel.engine import Acceleration, Denoiser, Run
 from accel.sampling import SegmentPlan, causal_blocks, diffusion_forcing, next_clip
 from accel.schedule import flow_sigmas
 from accel.timeline import Timeline
@@ -22,6 +23,7 @@ GUIDANCE = 2.0
 PLAN = SegmentPlan(frames=52, segment=16, overlap=4, block=4, ar_step=5, steps=50)
 NEXT_CLIP_PLAN = replace(PLAN, ar_step=0)
 CAUSAL_FRAMES = 32
+MakeRun = Callable[[Denoiser, Timeline], Run]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +60,18 @@ def sample(
     guidance: float = GUIDANCE,
     solver: str = "euler",
     prefix: Tensor | None = None,
+    make_run: MakeRun | None = None,
 ) -> Result:
     """Diffusion forcing, or next-clip continuation for a model trained for it.
 
     Args:
         context: prompts ``[B, 64, 64]``. noise: ``[B, 16, plan.frames, H, W]``.
+        make_run: makes the engine of this run; None for one of ``acceleration``.
     """
     denoiser = TinyDenoiser(model, context, guidance).sized(noise)
     timeline = Timeline(row_unit="chunk", frames_per_row=plan.block, title=f"{model.config.kind}, {plan.steps} steps")
     timeline.rows, timeline.columns = -(-plan.frames // plan.block), plan.calls()
-    run = Run(acceleration or Acceleration(), denoiser, timeline)
+    run = make_run(denoiser, timeline) if make_run else Run(acceleration or Acceleration(), denoiser, timeline)
     loop = next_clip if denoiser.shares_time else diffusion_forcing
     started = time.process_time()
     with torch.inference_mode():
@@ -87,15 +91,17 @@ def sample_causal(
     guidance: float = 1.0,
     shift: float = SHIFT,
     prefix: Tensor | None = None,
+    make_run: MakeRun | None = None,
 ) -> Result:
-    """Block-causal rollout with a K/V store; ``renoise_seed`` samples as core's ``ar_video`` does."""
+    """Block-causal rollout with a K/V store; ``renoise_seed`` samples as core's ``ar_video`` does, ``make_run`` as in
+    ``sample``."""
     frames = noise.shape[2]
     denoiser = TinyDenoiser(model, context, guidance, rollout=frames).sized(noise)
     timeline = Timeline(
         row_unit="chunk", frames_per_row=model.config.block, title=f"{model.config.kind}, {steps} steps"
     )
     timeline.rows = -(-frames // model.config.block)
-    run = Run(acceleration or Acceleration(), denoiser, timeline)
+    run = make_run(denoiser, timeline) if make_run else Run(acceleration or Acceleration(), denoiser, timeline)
     started = time.process_time()
     with torch.inference_mode():
         table = flow_sigmas(steps, shift)

@@ -105,30 +105,32 @@ class Block(nn.Module):
     def modulated(self, x: Tensor, e: Tensor) -> Tensor:
         """Input of self-attention: the AdaLN-modulated tokens ``[B, N, D]`` (TeaCache's signal)."""
         shift, scale = ((self.modulation[:, None, index] + e[:, :, index]) for index in (0, 1))
-        return _modulate(self.norm1(x), shift, scale)
+        return modulate(self.norm1(x), shift, scale)
 
     def forward(
         self, x: Tensor, e: Tensor, rotations: Tensor, context: Tensor, mask=None, store=None, layer=0, bias=None
     ) -> Tensor:
         """``x`` ``[B, N, D]``, ``e`` ``[B, T, 6, D]`` one row a frame, ``context`` ``[B, L, D]``."""
         shift, scale, gate, shift2, scale2, gate2 = (self.modulation[:, None] + e).unbind(2)
-        y = _modulate(self.norm1(x), shift, scale)
+        y = modulate(self.norm1(x), shift, scale)
         q, k, v = self.self_attn.project(y, y)
         q, k = rotate(q, rotations), rotate(k, rotations)
         if store is not None:
             k, v = store.append(layer, k, v)
-        x = x + _gate(self.self_attn.o(attend(q, k, v, mask)), gate)
+        x = x + gated(self.self_attn.o(attend(q, k, v, mask)), gate)
         q, k, v = self.cross_attn.project(self.norm3(x), context)
         x = x + self.cross_attn.o(attend(q, k, v, bias))
-        return x + _gate(self.ffn(_modulate(self.norm2(x), shift2, scale2)), gate2)
+        return x + gated(self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """AdaLN of tokens ``[B, N, D]`` with one shift and scale ``[B, T, D]`` a latent frame."""
     frames = x.unflatten(1, (shift.shape[1], -1))
     return (frames * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
 
 
-def _gate(x: Tensor, gate: Tensor) -> Tensor:
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    """Tokens ``[B, N, D]`` times one gate ``[B, T, D]`` a latent frame."""
     return (x.unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]).flatten(1, 2)
 
 
@@ -141,7 +143,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         shift, scale = (self.modulation[:, None] + e[:, :, None]).unbind(2)
-        return self.head(_modulate(self.norm(x), shift, scale))
+        return self.head(modulate(self.norm(x), shift, scale))
 
 
 class TinyWan(nn.Module):
