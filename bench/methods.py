@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
-from accel.call import Decision
 from accel.correct import CorrectionConfig
 from accel.engine import Acceleration, HistoryGuidedConfig, SchedulerConfig
 from accel.policy import TriModalConfig
 from accel.presets import PRESETS
 from demo.generate import fewer_steps as shorter
 
+from .peers import PEERS
+from .peers.base import Peer
 from .rehearsal import rehearse
 from .scenes import CAUSAL, PLANS, Scene
-
-try:
-    from .peers import PEERS
-except ImportError:
-    PEERS = {}
 
 FULL, FEWER_STEPS = "full", "fewer-steps"
 FLOOR, CEILING = 0.93, 1.15  # FLOP ratios that count as a budget's, as parts of it
 FRAME_MODELS = tuple(kind for kind in PLANS if kind != CAUSAL)
 STAIRCASE_MODELS = ("tiny-df",)  # the schedules in which latent frames wait for their turn
+VIDEO_FREE_PEERS = ("fixed interval", "random schedule", "TaylorSeer-lite", "SCOPE momentum", "SCOPE auto")
 PUBLISHED = {
     "slow": (0.12, 0.30),
     "fast": (0.18, 0.42),
@@ -78,14 +74,6 @@ def fewer_steps(budget: float, scene: Scene) -> dict[str, Any]:
     return {"plan": replace(plan, steps=min(plan.steps, max(1, ceil((allowed - committed) / per_step))))}
 
 
-def random_schedule(share: float, scene: Scene) -> dict[str, Any]:
-    """Negative control: as many computed calls, drawn by lot; the calls between are predicted."""
-    calls = scene.plan.calls()
-    computed = set(random.Random(0).sample(range(calls), max(1, round(share * calls))))
-    decisions = (Decision.RECOMPUTE if call in computed else Decision.PREDICT for call in range(calls))
-    return {"acceleration": Acceleration(scheduler=SchedulerConfig(reach=None), replay=tuple(decisions))}
-
-
 def history_guided(source: str | None) -> Callable[[float, Scene], dict[str, Any]]:
     """History-Guided Cache at a threshold, with Residual Correction from ``source`` or without."""
     correction = CorrectionConfig(source) if source else None
@@ -123,18 +111,27 @@ def _preset(name: str, window: bool = False) -> Callable[[None, Scene], dict[str
 
 
 def _peers() -> Iterator[Method]:
-    for peer in PEERS.values():
-        models = tuple(kind for kind in PLANS if kind in peer.regimes)
-        yield Method(peer.name, _from_peer(peer.make), models=models, settings=peer.settings)
+    """Every peer that takes the plan as it is; fewer steps have a row of their own."""
+    for peer in (peer for peer in PEERS.values() if peer.steps is None):
+        yield Method(
+            peer.name, _from_peer(peer), models=peer.regimes, settings=_finer(peer.settings),
+            rehearsed=peer.name in VIDEO_FREE_PEERS,
+        )  # fmt: skip
 
 
-def _from_peer(make: Callable) -> Callable[[Any, Scene], dict[str, Any]]:
-    return lambda setting, scene: {"make_run": make(setting)}
+def _from_peer(peer: Peer) -> Callable[[Any, Scene], dict[str, Any]]:
+    return lambda setting, scene: {"make_run": peer.make(setting)}
+
+
+def _finer(settings: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A continuous knob in 40 equal ratios over its range; one that counts calls as it is."""
+    if all(isinstance(setting, float) for setting in settings):
+        return geometric(settings[0], settings[-1], 40)
+    return settings
 
 
 DELTAS = geometric(0.01, 3.0, 40)
 SCALES = geometric(0.02, 5.0, 50)
-SHARES = tuple(round(0.60 - 0.01 * index, 2) for index in range(50))
 PATH = (  # from preset "high" (first) over "balanced" (fourth) to "fast" (last)
     (1, 1.5, 1.5), (2, 2.0, 1.5), (3, 3.0, 1.5), (4, 3.0, 1.5), (5, 4.0, 2.0), (6, 6.0, 2.0), (7, 6.0, 2.5),
     (8, 9.0, 2.5), (9, 9.0, 3.0),
@@ -171,7 +168,6 @@ def all_methods() -> dict[str, Method]:
             for order in (2, "newton2", "auto")
         ),
         *_preset_rows(),
-        Method("random-schedule", random_schedule, settings=SHARES, rehearsed=True),
     ]
     return {method.name: method for method in rows}
 

@@ -8,10 +8,11 @@ from html import escape
 
 from accel.compare_plot import ticks
 
-WIDTH, HEIGHT = 960, 560
+WIDTH, HEIGHT = 960, 680
 LEFT, RIGHT, TOP, BOTTOM = 70, 250, 50, 58
 LINE = 17  # pixels between labels
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8a8a")  # Okabe-Ito, its black as grey
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe-Ito
+RIVAL = "#8a8a8a"  # its black, light enough for a dark page
 MARKS = ("circle", "square", "diamond", "triangle")
 STYLE = (
     "<style>text{font:13px system-ui,sans-serif;fill:#222}.ground{fill:#fff}.grid{stroke:#ddd}.axis{stroke:#666}"
@@ -92,6 +93,7 @@ def _axes(across: list[float], up: list[float], x, y) -> list[str]:
 
 def _curve(curve: Curve, places: list[tuple[float, float]], height: float, number: int) -> list[str]:
     colour, mark = COLOURS[number % len(COLOURS)], MARKS[number // len(COLOURS) % len(MARKS)]
+    colour = RIVAL if curve.dashed else colour
     dash = ' stroke-dasharray="7 5"' if curve.dashed else ""
     line = " ".join(f"{across:.1f},{up:.1f}" for across, up in places)
     edge, (end, level) = WIDTH - RIGHT + 24, places[-1]
