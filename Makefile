@@ -29,7 +29,7 @@ test-long: venv $(WEB)
 	$(BIN)/python -m pytest -q -m "" --hypothesis-profile=long
 
 bench: venv
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench $(if $(QUICK),--quick)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -19,11 +19,11 @@ from accel.call import Decision
 from accel.correct import CorrectionConfig
 from accel.engine import Acceleration, HistoryGuidedConfig, SchedulerConfig
 from accel.presets import BALANCED, FAST
-from demo.codec import TinyCodec
 from demo.generate import PLAN, load, sample, start_noise
 
 from .__main__ import RESULTS
-from .runs import prompt, row
+from .runs import Reference, row
+from .scenes import Scene, prompt
 
 SIGNAL_LEVELS = {  # tau_predict on each signal, from mild to bold
     "log-snr": (1.0, 2.0, 4.0),
@@ -91,14 +91,14 @@ def main() -> None:
         for name, group in variants().items()
         if not arguments.groups or any(name.startswith(start) for start in arguments.groups)
     }
-    model, codec, rows = load("tiny-df"), TinyCodec.load(), []
+    model, scene, rows = load("tiny-df"), Scene("tiny-df", PLAN), []
     for seed in range(1, arguments.seeds + 1):
         context, noise = prompt(seed), start_noise(seed, PLAN.frames)
-        full = sample(model, context, noise, plan=PLAN)
+        reference = Reference.of(sample(model, context, noise, plan=PLAN))
         for name, group in chosen.items():
             for label, acceleration in group.items():
                 run = sample(model, context, noise, acceleration, PLAN)
-                rows.append({"group": name} | row(codec, label, True, None, seed, full, run))
+                rows.append({"group": name} | row(scene, label, True, None, seed, reference, run))
         print(f"seed {seed} done", flush=True)
     lines = [f"Means of {arguments.seeds} seeds, `tiny-df`, {PLAN.steps} steps."]
     for name, group in chosen.items():

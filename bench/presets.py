@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from datetime import date
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from statistics import fmean
 
@@ -35,18 +35,22 @@ from demo.generate import (
 )
 from demo.model import MODELS, TinyWan
 
-from .runs import prompt
+from .scenes import prompt
 
 CAUSAL_STEPS = 50
 PLANS = {"tiny-df": PLAN, "tiny-next-clip": NEXT_CLIP_PLAN}
 DIGITS = {"flop_ratio": 2, "psnr": 2, "ssim": 4}
 
 
-def schedule(kind: str, block: int) -> str:
-    """How ``run`` samples this model, in words."""
-    if kind not in PLANS:
-        return f"causal blocks, {CAUSAL_FRAMES} latent frames, blocks of {block}, {CAUSAL_STEPS} Euler steps, cfg 1"
-    plan: SegmentPlan = PLANS[kind]
+def plan_of(kind: str, block: int) -> SegmentPlan:
+    """How ``run`` samples this model."""
+    return PLANS[kind] if kind in PLANS else SegmentPlan(CAUSAL_FRAMES, block, 0, block, 0, CAUSAL_STEPS)
+
+
+def schedule(kind: str, plan: SegmentPlan) -> str:
+    """A plan of this model in words."""
+    if kind == "tiny-causal":
+        return f"causal blocks, {plan.frames} latent frames, blocks of {plan.block}, {plan.steps} Euler steps, cfg 1"
     mode = "next clip" if kind == "tiny-next-clip" else "diffusion forcing"
     return (
         f"{mode}, {plan.frames} latent frames in segments of {plan.segment} with overlap {plan.overlap}, blocks of "
@@ -80,21 +84,36 @@ def measure(kind: str, presets: dict[str, dict], seeds: list[int]) -> dict[str, 
 
 
 def mean(rows: list[dict[str, float]]) -> dict[str, float | None]:
-    """Rounded means; None for a PSNR that is infinite, because the videos are equal."""
-    means = {key: fmean(one[key] for one in rows) for key in DIGITS}
+    """Rounded means over the seeds; a PSNR that is infinite, because the videos are equal, is left out of its mean,
+    which is None where all are."""
+    means = {
+        key: fmean(finite) if (finite := [one[key] for one in rows if isfinite(one[key])]) else inf for key in DIGITS
+    }
     return {key: round(means[key], digits) if isfinite(means[key]) else None for key, digits in DIGITS.items()}
 
 
 def rewrite(table: dict, kinds: list[str], seeds: int, command: str) -> None:
     """Measures these models and puts their figures into ``table``."""
     for kind in kinds:
-        store(table, kind, measure(kind, table["models"][kind]["presets"], list(range(1, seeds + 1))), seeds, command)
+        figures = measure(kind, table["models"][kind]["presets"], list(range(1, seeds + 1)))
+        store(table, kind, plan_of(kind, load(kind).config.block), figures, seeds, command)
 
 
-def store(table: dict, kind: str, figures: dict[str, dict], seeds: int, command: str) -> None:
+def fill(table: dict, rows: list[dict], plans: dict[str, SegmentPlan], command: str) -> None:
+    """Puts the means of ``rows`` (as in ``quality.json``) into ``table``."""
+    for kind, plan in plans.items():
+        found: dict[str, list[dict]] = {name: [] for name in table["models"][kind]["presets"]}
+        for row in rows:
+            if row["model"] == kind and row["method"] in found:
+                found[row["method"]].append(row | {"psnr": inf if row["psnr"] is None else row["psnr"]})
+        figures = {name: mean(group) for name, group in found.items() if group}
+        store(table, kind, plan, figures, max(map(len, found.values())), command)
+
+
+def store(table: dict, kind: str, plan: SegmentPlan, figures: dict[str, dict], seeds: int, command: str) -> None:
     """Puts the mean figures of a model's presets into ``table``, with what they rest on."""
     entry = table["models"][kind]
-    entry["schedule"] = schedule(kind, load(kind).config.block)
+    entry["schedule"] = schedule(kind, plan)
     told = {"seeds": seeds, "date": date.today().isoformat(), "command": command}
     told["weights"] = digest(MODELS / f"{kind}.safetensors")
     for name, values in figures.items():

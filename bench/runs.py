@@ -1,36 +1,57 @@
-"""What all measurements share: the prompt of a seed, and a run compared with the full one of the same seed."""
+"""What all measurements share: the figures of one run, compared with the full one of the same clip."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import isfinite
+from statistics import fmean
+from typing import Any
 
 from torch import Tensor
 
 from accel.metrics import drift, psnr, psnr_per_segment, relative_l2, ssim
 from demo.codec import TinyCodec
-from demo.data import simulate
-from demo.generate import PLAN, Result
-from demo.prompt import embed_scenes
+from demo.evaluate import segment_accuracy
+from demo.generate import Result
+from demo.judge import Judge, load_judge, read
 
-PROMPTS = 4242
-
-
-def bounds() -> list[tuple[int, int]]:
-    """New latent frames of each segment."""
-    return [(start + prefix, end) for start, end, prefix in PLAN.intervals()]
+from .scenes import Scene, shapes
 
 
-def prompt(seed: int) -> Tensor:
-    """The prompt ``[1, 64, 64]`` that goes with a seed."""
-    return embed_scenes(simulate(PROMPTS + seed, 1, 1))
+@lru_cache
+def codec() -> TinyCodec:
+    """The codec, read once."""
+    return TinyCodec.load()
 
 
-def row(codec: TinyCodec, method: str, ours: bool, budget: float | None, seed: int, full: Result, run: Result) -> dict:
-    """One row of the table; keys as in the README."""
-    reference, video = codec.decode(full.latents), codec.decode(run.latents)
-    whole, totals = full.timeline.totals(), run.timeline.totals()
-    ratio = whole["flops"] / totals["flops"]
-    same = run is full
-    return {
-        "model": "tiny-df",
+@lru_cache
+def judge() -> Judge:
+    """The judge, read once."""
+    return load_judge()
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The run that computes every call: ``latents`` ``[1, 16, T, 8, 8]``, its FLOPs and its process seconds."""
+
+    latents: Tensor
+    flops: int
+    seconds: float
+
+    @classmethod
+    def of(cls, full: Result) -> Reference:
+        return cls(full.latents, full.timeline.totals()["flops"], full.seconds)
+
+
+def row(
+    scene: Scene, method: str, ours: bool, budget: float | None, seed: int, full: Reference, run: Result
+) -> dict[str, Any]:
+    """One row of the table; keys as in the README. A run whose latents are those of ``full`` is not compared."""
+    video, totals = codec().decode(run.latents), run.timeline.totals()
+    ratio = full.flops / totals["flops"]
+    figures = {
+        "model": scene.kind,
         "method": method,
         "ours": ours,
         "budget": budget,
@@ -40,9 +61,25 @@ def row(codec: TinyCodec, method: str, ours: bool, budget: float | None, seed: i
         "flop_ratio": ratio,
         "seconds": run.seconds,
         "realised": full.seconds / run.seconds / ratio,
-        "psnr": None if same else psnr(reference, video),
-        "ssim": 1.0 if same else ssim(reference, video),
-        "latent_rel_l2": 0.0 if same else relative_l2(full.latents, run.latents),
-        "drift_db_per_segment": None if same else drift(psnr_per_segment(reference, video, bounds())),
+        "psnr": None,
+        "ssim": 1.0,
+        "latent_rel_l2": 0.0,
+        "drift_db_per_segment": None,
+        "attribute_accuracy": fmean(segment_accuracy(read(judge(), video), shapes(seed), scene.bounds)),
         "state_bytes": totals.get("state_bytes", 0),
     }
+    if run.latents is full.latents:
+        return figures
+    return figures | closeness(codec().decode(full.latents), video, scene) | {
+        "latent_rel_l2": relative_l2(full.latents, run.latents)
+    }  # fmt: skip
+
+
+def closeness(reference: Tensor, video: Tensor, scene: Scene) -> dict[str, float | None]:
+    """PSNR, SSIM and drift of a video against its reference; None where a figure is not finite (equal videos)."""
+    figures = {
+        "psnr": psnr(reference, video),
+        "ssim": ssim(reference, video),
+        "drift_db_per_segment": drift(psnr_per_segment(reference, video, scene.bounds)),
+    }
+    return {key: value if isfinite(value) else None for key, value in figures.items()}

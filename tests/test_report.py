@@ -1,4 +1,4 @@
-"""What ``make demo`` and ``make bench`` write, on untrained models of the same layout and a short plan."""
+"""What ``make demo`` and the ablation write, on untrained models of the same layout and a short plan."""
 
 import json
 import sys
@@ -6,9 +6,7 @@ import sys
 import pytest
 import torch
 
-import bench.__main__ as bench
 import bench.ablation as ablation
-import bench.runs as runs
 import demo.__main__ as main
 from accel.sampling import SegmentPlan
 from accel.timeline import Timeline
@@ -27,10 +25,9 @@ def small(monkeypatch):
         config = TinyConfig(48, 64, 2, 2, causal_ar=kind == "tiny-causal", kind=kind, block=2)
         return TinyWan(config).eval().requires_grad_(False)
 
-    for module in (main, bench):
+    for module in (main, ablation):
         monkeypatch.setattr(module, "load", load)
         monkeypatch.setattr(module, "PLAN", PLAN)
-    monkeypatch.setattr(runs, "PLAN", PLAN)
     monkeypatch.setattr(main, "CAUSAL_FRAMES", 6)
 
 
@@ -58,20 +55,7 @@ def test_the_demo_writes_videos_timelines_and_a_report(small, monkeypatch, tmp_p
     assert "x fewer" in capsys.readouterr().out
 
 
-def test_the_bench_writes_a_row_a_method_budget_and_seed(small, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["bench", "--seeds", "2", "--output", str(tmp_path)])
-    bench.main()
-    rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
-    wanted = KEYS | {"ours", "budget", "latent_rel_l2", "drift_db_per_segment", "state_bytes", "realised"}
-    assert all(row.keys() == wanted for row in rows)
-    assert {row["seed"] for row in rows} == {1, 2}
-    assert all(row["flop_ratio"] <= row["budget"] + 1e-9 for row in rows if row["method"] == "fewer-steps")
-    assert "| balanced |" in (tmp_path / "quality.md").read_text()
-
-
 def test_the_ablation_runs_every_variant_of_a_group(small, monkeypatch, tmp_path):
-    for name, value in (("load", bench.load), ("PLAN", PLAN)):
-        monkeypatch.setattr(ablation, name, value)
     groups = ["--groups", "presets", "correction", "fixed"]
     monkeypatch.setattr(sys, "argv", ["ablation", "--seeds", "1", *groups, "--output", str(tmp_path)])
     ablation.main()
@@ -80,8 +64,3 @@ def test_the_ablation_runs_every_variant_of_a_group(small, monkeypatch, tmp_path
     assert len(rows) == 8 and len({row["flop_ratio"] for row in rows[2:5]}) == 1
     assert all(row["flop_ratio"] > 1 and row["calls"]["predict"] > 0 for row in rows[5:])
     assert "| balanced |" in (tmp_path / "ablation.md").read_text()
-
-
-def test_intervals_hold_the_mean():
-    low, high = bench.interval([1.0, 2.0, 3.0, 4.0])
-    assert low < 2.5 < high and low >= 1.0 and high <= 4.0

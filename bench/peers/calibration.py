@@ -20,7 +20,7 @@ from accel.call import Call, Decision
 from accel.engine import Denoiser
 from accel.sampling import SegmentPlan
 from accel.timeline import Timeline
-from bench.runs import prompt
+from bench.scenes import prompt
 from demo.denoiser import TinyDenoiser
 from demo.generate import PLAN, sample, sample_causal, start_noise
 from demo.model import TinyWan

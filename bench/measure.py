@@ -1,0 +1,122 @@
+"""Everything that is measured: which rows, in which order, by how many processes, and about how long it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .grid import Grid, Task
+from .methods import METHODS, Method
+from .rehearsal import rehearse
+from .scenes import PLANS, QUICK_PLANS, Scene
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much is measured: budgets (target FLOP ratios) of main rows and of the others, clips, timed pairs."""
+
+    plans: dict[str, Any]
+    main: tuple[float, ...]
+    rest: tuple[float, ...]
+    clips: int
+    pairs: int
+
+    def budgets(self, method: Method) -> tuple[float | None, ...]:
+        if not method.has_budget:
+            return (None,)
+        return self.main if method.main else self.rest
+
+
+WHOLE = Extent(PLANS, (2.0, 2.5, 3.0, 4.0, 5.0), (2.5, 4.0), clips=16, pairs=3)
+QUICK = Extent(QUICK_PLANS, (1.5, 2.0), (2.0,), clips=2, pairs=1)
+GUESS, PROBES = 3.0, 3  # for the estimate: FLOP ratio of a method without a budget, and runs that turn a knob once
+
+
+def one_thread() -> None:
+    """What every process of a measurement starts with."""
+    torch.set_num_threads(1)
+
+
+def _call(job: tuple[Grid, str, tuple]) -> Any:
+    grid, name, arguments = job
+    return getattr(grid, name)(*arguments)
+
+
+def _each(jobs: list[tuple[Grid, str, tuple]], workers: int) -> Iterable[Any]:
+    """Results of ``getattr(grid, name)(*arguments)``, in order."""
+    if workers == 1:
+        yield from map(_call, jobs)
+        return
+    with ProcessPoolExecutor(workers, initializer=one_thread) as pool:
+        yield from pool.map(_call, jobs)
+
+
+class Bench:
+    """The measurements of the chosen models and methods.
+
+    Args:
+        rows: folder of what is finished. workers: processes, one thread each.
+    """
+
+    def __init__(self, extent: Extent, models: list[str], methods: list[str], rows: Path, workers: int) -> None:
+        self.extent, self.workers = extent, workers
+        self.grids = {kind: Grid(Scene(kind, extent.plans[kind]), rows) for kind in models}
+        self.methods = [METHODS[name] for name in methods]
+        self.seeds = list(range(1, extent.clips + 1))
+
+    def wanted(self, kind: str) -> list[tuple[Method, tuple[float | None, ...]]]:
+        """Methods of one model and their budgets."""
+        return [(method, self.extent.budgets(method)) for method in self.methods if kind in method.models]
+
+    def work(self, kind: str) -> float:
+        """About how many full runs of a model its measurements amount to, when nothing is stored yet."""
+        grid, wanted = self.grids[kind], self.wanted(kind)
+        shares = [1 / (budget or GUESS) for _, budgets in wanted for budget in budgets]
+        segment = rehearse(grid.scene.timed()).totals()["flops"] / rehearse(grid.scene).totals()["flops"]
+        timed = segment * self.extent.pairs * (len(shares) + sum(shares))
+        probed = sum(len(budgets) for method, budgets in wanted if method.settings and not method.rehearsed)
+        return len(self.seeds) * (1 + sum(shares)) + timed + probed * PROBES / GUESS
+
+    def estimate(self) -> str:
+        """Core-minutes of everything, from one timed run of each model."""
+        minutes = {
+            kind: grid.full(self.seeds[0])["seconds"] / 60 * self.work(kind) for kind, grid in self.grids.items()
+        }
+        parts = ", ".join(f"{kind} {value:.0f}" for kind, value in minutes.items())
+        total = sum(minutes.values())
+        return f"about {total:.0f} core-minutes if nothing is stored yet ({parts}), {self.workers} at a time"
+
+    def run(self, say: Callable[[str], Any] = print) -> tuple[list[dict[str, Any]], dict[str, dict[str, list[float]]]]:
+        """All rows, and by model which budgets each method does not reach."""
+        say(self.estimate())
+        rows, missing = [], {}
+        for kind, grid in self.grids.items():
+            full = _each([(grid, "full", (seed,)) for seed in self.seeds], self.workers)
+            rows += [figures | {"time_ratio": 1.0} for figures in full]
+            wanted = self.wanted(kind)
+            found = _each([(grid, "settings", (method.name, budgets)) for method, budgets in wanted], self.workers)
+            reached, missing[kind] = [], {}
+            for (method, budgets), settings in zip(wanted, found, strict=True):
+                for budget, setting in zip(budgets, settings, strict=True):
+                    if setting is None and method.has_budget:
+                        missing[kind].setdefault(method.name, []).append(budget)
+                    else:
+                        reached.append((method.name, budget, setting))
+            rows += self._measure(kind, grid, reached, say)
+        return rows, missing
+
+    def _measure(self, kind: str, grid: Grid, reached: list[tuple], say: Callable[[str], Any]) -> list[dict[str, Any]]:
+        timing = [(grid, "time", (Task(*entry, self.seeds[0]), self.extent.pairs)) for entry in reached]
+        tasks = [Task(*entry, seed) for entry in reached for seed in self.seeds]
+        times = dict(zip(reached, _each(timing, self.workers), strict=True))
+        rows = []
+        for task, figures in zip(tasks, _each([(grid, "row", (task,)) for task in tasks], self.workers), strict=True):
+            rows.append(figures | times[task.method, task.budget, task.setting])
+            if task.seed == self.seeds[-1]:
+                say(f"{kind} {task.method}{'' if task.budget is None else f' {task.budget:g}x'} done")
+        return rows

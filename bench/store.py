@@ -1,0 +1,52 @@
+"""What is finished stays finished: one JSON file a measurement, found again by everything that it depends on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+ROWS_VERSION = 1
+"""Raise it when code that changes a figure changes: what was stored before counts no longer."""
+
+
+class Store:
+    """A folder of finished measurements. A file is written whole or not at all, so several processes may share it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str, parts: dict[str, Any]) -> Path:
+        """File of a measurement: ``name`` for people, and a hash of ``parts`` and ``ROWS_VERSION``."""
+        told = json.dumps({"version": ROWS_VERSION, "name": name} | parts, sort_keys=True, default=repr)
+        return self.folder / f"{name}-{sha256(told.encode()).hexdigest()[:16]}.json"
+
+    def get(self, path: Path, make: Callable[[], Any]) -> Any:
+        """What is stored, or what ``make`` returns, stored."""
+        if not path.exists():
+            self.write(path, make())
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def write(self, path: Path, value: Any) -> None:
+        self._whole(path, lambda target: target.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
+
+    def write_latents(self, path: Path, latents: Tensor) -> None:
+        """Latents beside a measurement's JSON."""
+        self._whole(
+            path.with_suffix(".safetensors"), lambda target: save_file({"latents": latents.contiguous()}, target)
+        )
+
+    def latents(self, path: Path) -> Tensor:
+        return load_file(path.with_suffix(".safetensors"))["latents"]
+
+    def _whole(self, path: Path, write: Callable[[Path], Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        write(part)
+        part.replace(path)
