@@ -10,19 +10,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .acceleration import Acceleration, HistoryGuidedConfig, SchedulerConfig
 from .auto import AutoConfig, AutoPolicy
 from .call import Call, Decision, Family, Kind
-from .chunks import REFRESH, ChunkConfig, ChunkDecision, ChunkPolicies, active_chunks
-from .correct import CorrectionConfig, ResidualCorrection, is_scene_cut
+from .chunk_steps import ChunkSteps
+from .chunks import REFRESH, ChunkConfig, ChunkPolicies
+from .correct import ResidualCorrection, is_scene_cut
+from .denoiser import Denoiser
 from .history import VelocityHistory
 from .kv.frozen import FrozenConfig, FrozenWindow
-from .policy import FixedPolicy, Policy, ThresholdPolicy, TriModalConfig, TriModalPolicy
+from .policy import FixedPolicy, Policy, ThresholdPolicy, TriModalPolicy
 from .predict import Guards, hold, predict
 from .readback import Readback
 from .signals import (
@@ -30,163 +32,15 @@ from .signals import (
     SIGNALS,
     SignalMeter,
     level_step,
-    planned_changes,
     remember_levels,
     resolve_history_signal,
 )
 from .timeline import Timeline
 
-
-class Denoiser(Protocol):
-    """What a model has to offer. Latents are ``[B, C, T, H, W]``; a guided call runs every CFG branch.
-
-    Attributes:
-        branches: CFG branches of a guided call, 1 or 2.
-        shares_time: whether history tokens carry the time embedding of the frames being denoised (FramePack).
-        recomputes_history: whether clean history frames are part of the window (False where a K/V store holds them).
-    """
-
-    branches: int
-    shares_time: bool
-    recomputes_history: bool
-
-    def velocity(self, call: Call, x: Tensor) -> Tensor:
-        """Guided velocity of the window ``x``, or of the latent frames ``call.queries`` of it alone."""
-        ...
-
-    def feature(self, kind: str, call: Call, x: Tensor) -> Tensor:
-        """What a signal looks at, ``[B, T, ...]`` one entry a latent frame; kinds as in ``signals.SIGNALS``."""
-        ...
-
-    def flops(self, call: Call, frames: int) -> int:
-        """Cost of forwarding ``frames`` latent frames, all branches (``flops.CONVENTION``): they attend to one
-        another, or to the whole window where ``call.queries`` says that the rest of it is kept."""
-        ...
-
-    def feature_flops(self, kind: str, call: Call, frames: int) -> int:
-        """Cost of ``feature``."""
-        ...
-
-    def keep(self, frames: int) -> str | None:
-        """A segment of ``frames`` latent frames starts whose K/V are to be kept (only asked where calls will have
-        ``queries``). Returns None, or a sentence why they cannot be."""
-        ...
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of the kept K/V; 0 where none are."""
-        ...
+__all__ = ["Acceleration", "Denoiser", "HistoryGuidedConfig", "Run", "SchedulerConfig"]
 
 
-@dataclass(frozen=True, slots=True)
-class HistoryGuidedConfig:
-    """History-Guided Cache (ARCache): hold while the accumulated change of the history tokens stays within ``delta``.
-
-    Attributes:
-        delta: threshold >= 0 on the accumulated relative L1; 0 is off.
-        signal: ``auto``, ``mod``, ``block0`` or ``current`` (methods as in ``signals.resolve_history_signal``).
-        max_skip: most skips in a row.
-        warmup: first solver steps of every chunk that are always computed; 2 gives the correction its two points.
-    """
-
-    delta: float = 0.10
-    signal: str = "auto"
-    max_skip: int | None = 5
-    warmup: int = 2
-
-    def __post_init__(self) -> None:
-        ThresholdPolicy(self.delta, self.max_skip)
-        if self.signal not in ("auto", "mod", "block0", "current"):
-            raise ValueError(
-                f"History-Guided Cache: signal is {self.signal!r}; use auto, mod, block0 or current "
-                "(auto picks by model)."
-            )
-        _check_warmup("History-Guided Cache", self.warmup)
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """Tri-Modal Scheduler (SCOPE): hold, predict or compute by two thresholds on one signal.
-
-    Attributes:
-        thresholds: SCOPE's tau_cache, tau_predict, decay and cap, in units of ``signal``.
-        signal: a key of ``signals.HOST_SIGNALS`` (from the noise levels alone) or of ``signals.SIGNALS``.
-        order: of the prediction: 1, 2 (SCOPE eq. 7), ``newton2`` or ``auto``.
-        guards: clipping of predictions.
-        reach: a prediction further ahead than this many times the distance of the last two computed noise levels
-            (``D / D0`` of SCOPE's stability check) is computed instead; None never is.
-        warmup: first solver steps of every chunk that are always computed.
-        quality: PSNR in dB to hold, or a level of ``auto.QUALITIES``: the run finds its own thresholds from the errors
-            it measures, and of ``thresholds`` only ``max_skip`` counts. None takes ``thresholds`` as they are.
-
-    The defaults are the row "balanced" of ``make bench`` (``tiny-df``, 3.5 times fewer FLOPs).
-    """
-
-    thresholds: TriModalConfig = TriModalConfig(0.0, 3.0, decay=1.0, max_skip=4)
-    signal: str = "log-signal"
-    order: int | str = 1
-    guards: Guards = field(default_factory=Guards)
-    warmup: int = 1
-    reach: float | None = 1.5
-    quality: float | str | None = None
-
-    def __post_init__(self) -> None:
-        if self.quality is not None:
-            AutoConfig(self.quality)
-        known = (*HOST_SIGNALS, *SIGNALS)
-        if self.signal not in known:
-            raise ValueError(f"Tri-Modal Scheduler: signal is {self.signal!r}; use one of {', '.join(known)}.")
-        if self.order not in (1, 2, "newton2", "auto"):
-            raise ValueError(f"Tri-Modal Scheduler: order is {self.order!r}; use 1, 2, newton2 or auto.")
-        if self.reach is not None and not self.reach > 0:
-            raise ValueError(f"Tri-Modal Scheduler: reach is {self.reach}; use a number above 0, or None for no limit.")
-        _check_warmup("Tri-Modal Scheduler", self.warmup)
-
-
-@dataclass(frozen=True, slots=True)
-class Acceleration:
-    """Everything the acceleration nodes describe; all None computes every call of the full window.
-
-    Attributes:
-        history_guided: History-Guided Cache. scheduler: Tri-Modal Scheduler. With both, a call is skipped only where
-            both agree, and the scheduler says how.
-        correction: Residual Correction, replaces the held velocity on CACHE.
-        suffix_window: Active Frame Window: latent frames that have not started are left out of the forward (SCOPE eq.
-            8-9).
-        frozen_window: Active Frame Window: only latent frames that advance are forwarded; all others answer with the
-            K/V of their last forward.
-        shared_prefix: Shared Prefix Cache (Ca2-VDM): the history of a segment is forwarded once and answers with kept
-            K/V from then on.
-        chunks: Chunk Cache: decisions chunk by chunk, in place of ``history_guided`` and ``scheduler``.
-        replay: decisions to take instead of any policy, one list for the whole run.
-        compute_last: whether the last call of a segment is always computed.
-    """
-
-    history_guided: HistoryGuidedConfig | None = None
-    scheduler: SchedulerConfig | None = None
-    correction: CorrectionConfig | None = None
-    suffix_window: bool = False
-    frozen_window: FrozenConfig | None = None
-    shared_prefix: FrozenConfig | None = None
-    chunks: ChunkConfig | None = None
-    replay: tuple[Decision, ...] | None = None
-    compute_last: bool = True
-
-    def __post_init__(self) -> None:
-        others = {"History-Guided Cache": self.history_guided, "Tri-Modal Scheduler": self.scheduler}
-        others["a list of decisions"] = self.replay
-        other = next((name for name, part in others.items() if part is not None), None)
-        if self.chunks is not None and other is not None:
-            raise ValueError(
-                f"Chunk Cache: decides chunk by chunk, {other} for the whole window; use one of the two on a model."
-            )
-
-    @property
-    def warmup(self) -> int:
-        return max((config.warmup for config in (self.history_guided, self.scheduler) if config is not None), default=0)
-
-
-class Run:
+class Run(ChunkSteps):
     """State of one sampling run. ``begin_segment`` before the first call of each segment, then ``step`` for every
     call."""
 
@@ -303,93 +157,6 @@ class Run:
             velocity[:, :, first - call.frames[0] : last - call.frames[0]] = answer
         told = [(call.offset + first, call.offset + last) for first, last in asked]
         return velocity, {"flops": flops, "queries": tuple(told)}
-
-    def _step_chunks(self, call: Call, x: Tensor, started: float) -> tuple[Tensor, list[bool]]:
-        """``step`` with a decision for each active chunk; whether the velocity is true is said per latent frame."""
-        changes, cost = self._chunk_changes(call, x)
-        if self._frozen is not None:
-            self._frozen.look(call, changes)
-        plan = self._chunks.decide(call, changes, self._history.count, lambda frames: self._too_far(call, frames))
-        if self._frozen is not None and self._frozen.due:
-            self._chunks.compute_all(plan, "refresh")
-        wanted = [chunk.frames for chunk in plan if chunk.decision is Decision.RECOMPUTE]
-        velocity, told = self._forward(call, x, wanted) if wanted else (None, {"flops": 0})
-        if velocity is not None:
-            velocity = velocity.clone() if len(wanted) < len(plan) else velocity
-        for chunk in plan:
-            if chunk.decision is Decision.RECOMPUTE:
-                continue
-            part, fields = self._answer(call, x, chunk.decision, chunk.frames)
-            chunk.told |= fields
-            if velocity is None:
-                velocity = torch.zeros(x.shape, dtype=part.dtype, device=part.device)
-            velocity[:, :, chunk.frames[0] - call.frames[0] : chunk.frames[1] - call.frames[0]] = part
-        true = [any(start <= frame < end for start, end in wanted) for frame in range(*call.frames)]
-        if wanted:
-            self._remember(call, x, velocity, true, wanted)
-        self._record_chunks(call, plan, told | {"flops": told["flops"] + cost}, started)
-        return velocity, true
-
-    def _chunk_changes(self, call: Call, x: Tensor) -> tuple[dict, float]:
-        """Change of every active chunk (by its first latent frame) since the call before, in at most one readback, and
-        what the measuring cost; also the change of the signal that renews frozen K/V, by its name."""
-        config, chunks = self.acceleration.chunks, active_chunks(call, self._chunks.size)
-        changes: dict = {}
-        cost = 0
-        if config.signal in HOST_SIGNALS:
-            for frames in chunks:
-                part = _only(call, frames)
-                changes[frames[0]] = level_step(config.signal, self._levels, part)
-            remember_levels(self._levels, call)
-        elif config.signal == "timestep":
-            table, cost = self._plan(call, x)
-            for frames in chunks:
-                part = _only(call, frames)
-                step = next(step for step, flag in zip(part.steps, part.active, strict=True) if flag)
-                changes[frames[0]] = table[step - 1]
-        pending = []
-        if self._meter is not None:
-            features = {kind: self.denoiser.feature(kind, call, x) for kind in self._meter.kinds}
-            cost += sum(self.denoiser.feature_flops(kind, call, x.shape[2]) for kind in self._meter.kinds)
-            names: list = list(self._meter.names)
-            if config.signal in names:
-                names[:1] = [frames[0] for frames in chunks]
-            pending.append(self._meter.measure(features, call, chunks if config.signal in self._meter.names else None))
-        values, finite = self._read(pending)
-        if self._meter is not None:
-            changes |= dict(zip(names, values, strict=True))
-        return (changes if finite else dict.fromkeys(changes, math.nan)), cost
-
-    def _plan(self, call: Call, x: Tensor) -> tuple[list[float], int]:
-        """Change of the timestep embedding at every step of a chunk, and what it cost now: it is planned once a run."""
-        known = self._planned.get(self._table)
-        if known is not None:
-            return known, 0
-        one = x[:, :, :1]
-
-        def at(sigma: float) -> Call:
-            return Call(Kind.DENOISE, call.segment, 0, (0, 1), (sigma,), (1,), (True,), call.offset, call.family, 1)
-
-        levels = self._table[:-1]
-        known = planned_changes(lambda sigma: self.denoiser.feature("timestep", at(sigma), one), levels)
-        self._planned[self._table] = known
-        return known, sum(self.denoiser.feature_flops("timestep", at(sigma), 1) for sigma in levels)
-
-    def _record_chunks(self, call: Call, plan: list[ChunkDecision], told: dict, started: float) -> None:
-        """One record a chunk; a forward's cost and time are shared by the chunks it computed, by their length."""
-        computed = [chunk for chunk in plan if chunk.decision is Decision.RECOMPUTE] or plan
-        self._note_full(call)
-        width = sum(chunk.frames[1] - chunk.frames[0] for chunk in computed)
-        flops, seconds = told.pop("flops"), time.perf_counter() - started
-        for chunk in plan:
-            fields = dict(chunk.told)
-            if any(chunk is one for one in computed):
-                share = chunk.frames[1] - chunk.frames[0]
-                fields |= {"flops": flops * share // width, "seconds": seconds * share / width} | told
-                flops, seconds, width = flops - fields["flops"], seconds - fields["seconds"], width - share
-            self.timeline.record(call, chunk.decision, chunk.frames, **fields)
-            if chunk.decision is Decision.RECOMPUTE:
-                self._checked.append(len(self.timeline.records) - 1)
 
     def _make_policies(self, has_history: bool) -> list[tuple[Policy, str | None]]:
         if self._replay is not None:
@@ -622,14 +389,6 @@ class Run:
             self.timeline.kv_bytes = max(self.timeline.kv_bytes or 0, self.denoiser.kept_bytes)
 
 
-def _only(call: Call, frames: tuple[int, int]) -> Call:
-    """The part of a call that is about some of its latent frames."""
-    part = slice(frames[0] - call.frames[0], frames[1] - call.frames[0])
-    return replace(
-        call, frames=frames, sigmas=call.sigmas[part], steps=call.steps[part], active=call.active[part], queries=None
-    )
-
-
 def _per_frame(sigmas: Iterable[float], x: Tensor) -> Tensor:
     return torch.tensor(tuple(sigmas), dtype=torch.float32, device=x.device)[None, None, :, None, None]
 
@@ -640,8 +399,3 @@ def _auto_policy(acceleration: Acceleration) -> AutoPolicy | None:
     if config is None or config.quality is None or acceleration.replay is not None:
         return None
     return AutoPolicy(AutoConfig(config.quality), config.thresholds.max_skip)
-
-
-def _check_warmup(node: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{node}: warm-up is {value!r}; at least 1 step of every chunk must be computed.")

@@ -1,0 +1,127 @@
+"""What to do to a run: the parts that the acceleration nodes describe, frozen and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .auto import AutoConfig
+from .call import Decision
+from .chunks import ChunkConfig
+from .correct import CorrectionConfig
+from .kv.frozen import FrozenConfig
+from .policy import ThresholdPolicy, TriModalConfig
+from .predict import Guards
+from .signals import HOST_SIGNALS, SIGNALS
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryGuidedConfig:
+    """History-Guided Cache (ARCache): hold while the accumulated change of the history tokens stays within ``delta``.
+
+    Attributes:
+        delta: threshold >= 0 on the accumulated relative L1; 0 is off.
+        signal: ``auto``, ``mod``, ``block0`` or ``current`` (methods as in ``signals.resolve_history_signal``).
+        max_skip: most skips in a row.
+        warmup: first solver steps of every chunk that are always computed; 2 gives the correction its two points.
+    """
+
+    delta: float = 0.10
+    signal: str = "auto"
+    max_skip: int | None = 5
+    warmup: int = 2
+
+    def __post_init__(self) -> None:
+        ThresholdPolicy(self.delta, self.max_skip)
+        if self.signal not in ("auto", "mod", "block0", "current"):
+            raise ValueError(
+                f"History-Guided Cache: signal is {self.signal!r}; use auto, mod, block0 or current "
+                "(auto picks by model)."
+            )
+        _check_warmup("History-Guided Cache", self.warmup)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Tri-Modal Scheduler (SCOPE): hold, predict or compute by two thresholds on one signal.
+
+    Attributes:
+        thresholds: SCOPE's tau_cache, tau_predict, decay and cap, in units of ``signal``.
+        signal: a key of ``signals.HOST_SIGNALS`` (from the noise levels alone) or of ``signals.SIGNALS``.
+        order: of the prediction: 1, 2 (SCOPE eq. 7), ``newton2`` or ``auto``.
+        guards: clipping of predictions.
+        reach: a prediction further ahead than this many times the distance of the last two computed noise levels
+            (``D / D0`` of SCOPE's stability check) is computed instead; None never is.
+        warmup: first solver steps of every chunk that are always computed.
+        quality: PSNR in dB to hold, or a level of ``auto.QUALITIES``: the run finds its own thresholds from the errors
+            it measures, and of ``thresholds`` only ``max_skip`` counts. None takes ``thresholds`` as they are.
+
+    The defaults are the row "balanced" of ``make bench`` (``tiny-df``, 3.5 times fewer FLOPs).
+    """
+
+    thresholds: TriModalConfig = TriModalConfig(0.0, 3.0, decay=1.0, max_skip=4)
+    signal: str = "log-signal"
+    order: int | str = 1
+    guards: Guards = field(default_factory=Guards)
+    warmup: int = 1
+    reach: float | None = 1.5
+    quality: float | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.quality is not None:
+            AutoConfig(self.quality)
+        known = (*HOST_SIGNALS, *SIGNALS)
+        if self.signal not in known:
+            raise ValueError(f"Tri-Modal Scheduler: signal is {self.signal!r}; use one of {', '.join(known)}.")
+        if self.order not in (1, 2, "newton2", "auto"):
+            raise ValueError(f"Tri-Modal Scheduler: order is {self.order!r}; use 1, 2, newton2 or auto.")
+        if self.reach is not None and not self.reach > 0:
+            raise ValueError(f"Tri-Modal Scheduler: reach is {self.reach}; use a number above 0, or None for no limit.")
+        _check_warmup("Tri-Modal Scheduler", self.warmup)
+
+
+@dataclass(frozen=True, slots=True)
+class Acceleration:
+    """Everything the acceleration nodes describe; all None computes every call of the full window.
+
+    Attributes:
+        history_guided: History-Guided Cache. scheduler: Tri-Modal Scheduler. With both, a call is skipped only where
+            both agree, and the scheduler says how.
+        correction: Residual Correction, replaces the held velocity on CACHE.
+        suffix_window: Active Frame Window: latent frames that have not started are left out of the forward (SCOPE eq.
+            8-9).
+        frozen_window: Active Frame Window: only latent frames that advance are forwarded; all others answer with the
+            K/V of their last forward.
+        shared_prefix: Shared Prefix Cache (Ca2-VDM): the history of a segment is forwarded once and answers with kept
+            K/V from then on.
+        chunks: Chunk Cache: decisions chunk by chunk, in place of ``history_guided`` and ``scheduler``.
+        replay: decisions to take instead of any policy, one list for the whole run.
+        compute_last: whether the last call of a segment is always computed.
+    """
+
+    history_guided: HistoryGuidedConfig | None = None
+    scheduler: SchedulerConfig | None = None
+    correction: CorrectionConfig | None = None
+    suffix_window: bool = False
+    frozen_window: FrozenConfig | None = None
+    shared_prefix: FrozenConfig | None = None
+    chunks: ChunkConfig | None = None
+    replay: tuple[Decision, ...] | None = None
+    compute_last: bool = True
+
+    def __post_init__(self) -> None:
+        others = {"History-Guided Cache": self.history_guided, "Tri-Modal Scheduler": self.scheduler}
+        others["a list of decisions"] = self.replay
+        other = next((name for name, part in others.items() if part is not None), None)
+        if self.chunks is not None and other is not None:
+            raise ValueError(
+                f"Chunk Cache: decides chunk by chunk, {other} for the whole window; use one of the two on a model."
+            )
+
+    @property
+    def warmup(self) -> int:
+        return max((config.warmup for config in (self.history_guided, self.scheduler) if config is not None), default=0)
+
+
+def _check_warmup(node: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{node}: warm-up is {value!r}; at least 1 step of every chunk must be computed.")

@@ -1,0 +1,50 @@
+"""What a model has to offer to be accelerated."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from .call import Call
+
+
+class Denoiser(Protocol):
+    """What a model has to offer. Latents are ``[B, C, T, H, W]``; a guided call runs every CFG branch.
+
+    Attributes:
+        branches: CFG branches of a guided call, 1 or 2.
+        shares_time: whether history tokens carry the time embedding of the frames being denoised (FramePack).
+        recomputes_history: whether clean history frames are part of the window (False where a K/V store holds them).
+    """
+
+    branches: int
+    shares_time: bool
+    recomputes_history: bool
+
+    def velocity(self, call: Call, x: Tensor) -> Tensor:
+        """Guided velocity of the window ``x``, or of the latent frames ``call.queries`` of it alone."""
+        ...
+
+    def feature(self, kind: str, call: Call, x: Tensor) -> Tensor:
+        """What a signal looks at, ``[B, T, ...]`` one entry a latent frame; kinds as in ``signals.SIGNALS``."""
+        ...
+
+    def flops(self, call: Call, frames: int) -> int:
+        """Cost of forwarding ``frames`` latent frames, all branches (``flops.CONVENTION``): they attend to one
+        another, or to the whole window where ``call.queries`` says that the rest of it is kept."""
+        ...
+
+    def feature_flops(self, kind: str, call: Call, frames: int) -> int:
+        """Cost of ``feature``."""
+        ...
+
+    def keep(self, frames: int) -> str | None:
+        """A segment of ``frames`` latent frames starts whose K/V are to be kept (only asked where calls will have
+        ``queries``). Returns None, or a sentence why they cannot be."""
+        ...
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the kept K/V; 0 where none are."""
+        ...
