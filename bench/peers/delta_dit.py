@@ -39,7 +39,7 @@ class DeltaRun(PeerRun):
         super().__init__(denoiser, timeline)
         layers = denoiser.shape.layers
         self.interval, self.boundary = interval, boundary
-        self.cached = layers // 2 if cached is None else cached
+        self.cached = max(layers // 2, 1) if cached is None else cached
         if not 0 < self.cached <= layers or interval < 1:
             raise ValueError(
                 f"{self.title}: {self.cached} of {layers} blocks every {interval} calls; cache 1 to {layers} blocks at "
