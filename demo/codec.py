@@ -1,7 +1,7 @@
 """The tiny codec: a fixed linear map of 8x8x3 pixel patches to 16 channels (PCA), fitted once before the models.
 
-Latents are ``[B, 16, T, H/8, W/8]``, each channel of unit standard deviation over the training data, as Wan's spatial
-stride has it; there is no temporal stride.
+Latents are ``[B, 16, T, H/8, W/8]``, as Wan's spatial stride has it, half-whitened (see ``TinyCodec.scale``); there is
+no temporal stride.
 """
 
 from __future__ import annotations

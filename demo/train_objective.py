@@ -25,7 +25,7 @@ TAUGHT_GUIDANCE = 2.0
 
 
 def noise_levels(generator: torch.Generator, clips: int, frames: int, block: int = 4) -> Tensor:
-    """Noise level of each latent frame ``[B, T]``: independent, shared or a staircase, four fifths of the clips with a
+    """Noise level of each latent frame ``[B, T]``: independent, shared or a staircase, two thirds of the clips with a
     clean prefix."""
     independent = shifted(torch.sigmoid(torch.randn(clips, frames, generator=generator)), SHIFT)
     shared = shifted(torch.sigmoid(torch.randn(clips, 1, generator=generator)), SHIFT).expand(-1, frames)
@@ -40,7 +40,7 @@ def noise_levels(generator: torch.Generator, clips: int, frames: int, block: int
     prefix = torch.where(
         torch.rand(clips, 1, generator=generator) < 0.6, torch.full_like(prefix, min(block, frames - 1)), prefix
     )
-    prefix = prefix * (torch.rand(clips, 1, generator=generator) < 0.8)
+    prefix = prefix * (torch.rand(clips, 1, generator=generator) < 0.67)
     return torch.where(torch.arange(frames)[None] < prefix, torch.zeros(()), sigma)
 
 
