@@ -1,5 +1,5 @@
 """How good the tiny models are: ``python -m demo.evaluate [MODEL ...] [--clips N]`` writes
-``demo/weights/quality.json``.
+``demo/weights/quality.json`` and the figures of the model card beside it.
 
 Two questions. Asked for shapes in a prompt, does the model show them, still in segment 8, each as one thing that moves
 as things move in the data? Given the start of a real clip, does it continue it as the simulation does?
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -24,6 +25,7 @@ from .pictures import contact_sheet
 from .prompt import embed_scenes
 
 SEGMENTS = 8
+START, END = "<!-- figures -->", "<!-- end of figures -->"
 COMPACT = 1.3  # spread over that of a disc of equal area above which a shape counts as torn
 
 
@@ -108,6 +110,44 @@ def evaluate(kind: str, clips: int, seed: int = 900) -> dict:
     return figures
 
 
+def figures_table(known: dict[str, dict]) -> str:
+    """The figures of all models as Markdown, for the model card."""
+    models = [kind for kind in ("tiny-df", "tiny-next-clip", "tiny-causal") if kind in known]
+
+    def line(name: str, cell: Callable[[dict], str]) -> str:
+        return f"| {name} | " + " | ".join(cell(known[kind]) for kind in models) + " |"
+
+    def accuracy(figures: dict, name: str = "attribute_accuracy") -> str:
+        if name not in figures:
+            return ""
+        first, *_, last = shares = [round(100 * share) for share in figures[name]]
+        return f"{first} %, {last} % (mean {sum(shares) / len(shares):.0f} %)"
+
+    def centre(figures: dict) -> str:
+        return f"{figures['centroid_error']:.1f} px ({figures['centroid_error_if_nothing_moves']:.1f} if nothing moves)"
+
+    rows = [
+        line("", lambda one: f"`{one['model']}`, {one['clips']} clips"),
+        "|-" * (len(models) + 1) + "|",
+        line("prompted shapes shown with the right kind, segments 1 and 8", accuracy),
+        line("the same with four steps", lambda one: accuracy(one, "4_steps_attribute_accuracy")),
+        line("of real clips", lambda one: f"{100 * one['real_accuracy']:.0f} %"),
+        line("continuing a real clip: centre error against the simulation", centre),
+        line("continuing a real clip: PSNR", lambda one: f"{one['continuation_psnr']:.1f} dB"),
+        line("motion, pixels a frame (real clips)", lambda one: f"{one['motion']:.2f} ({one['real_motion']:.2f})"),
+        line("shapes that are one thing", lambda one: f"{100 * one['one_thing']:.0f} %"),
+    ]
+    return "\n".join(rows)
+
+
+def renew_card(known: dict[str, dict]) -> None:
+    """Writes the figures into the model card, between its two marks."""
+    card = WEIGHTS / "README.md"
+    before, _, rest = card.read_text(encoding="utf-8").partition(START)
+    after = rest.partition(END)[2]
+    card.write_text(f"{before}{START}\n\n{figures_table(known)}\n\n{END}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=["tiny-df", "tiny-next-clip", "tiny-causal"])
@@ -120,6 +160,7 @@ def main() -> None:
         known = json.loads(path.read_text()) if path.exists() else {}
         known[kind] = figures
         path.write_text(json.dumps(known, indent=1) + "\n")
+        renew_card(known)
 
 
 if __name__ == "__main__":
