@@ -9,7 +9,7 @@ from safetensors import safe_open
 from accel.sampling import SegmentPlan
 from demo.codec import WEIGHTS, TinyCodec
 from demo.data import render, simulate
-from demo.evaluate import segment_accuracy
+from demo.evaluate import figures_table, segment_accuracy
 from demo.generate import load, sample, sample_causal, start_noise
 from demo.judge import load_judge, read
 from demo.model import MODELS, block_causal_mask, load_model
@@ -55,3 +55,8 @@ def test_the_models_show_what_the_prompt_asks_for():
         reading = read(load_judge(), TinyCodec.load().decode(made.latents))
         (accuracy,) = segment_accuracy(reading, scenes, [(0, 4)])
         assert accuracy >= 0.6
+
+
+def test_the_model_card_has_the_figures_of_the_last_evaluation():
+    known = json.loads((WEIGHTS / "quality.json").read_text())
+    assert figures_table(known) in (WEIGHTS / "README.md").read_text(encoding="utf-8")
