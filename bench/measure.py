@@ -18,22 +18,33 @@ from .scenes import PLANS, QUICK_PLANS, Scene
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How much is measured: budgets (target FLOP ratios) of main rows and of the others, clips, timed pairs."""
+    """How much is measured.
+
+    Attributes:
+        plans: by model. main: budgets (target FLOP ratios) of main rows. rest: of the others. clips: seeds.
+        pairs: timed pairs. rest_models: models on which the other rows are measured.
+    """
 
     plans: dict[str, Any]
     main: tuple[float, ...]
     rest: tuple[float, ...]
     clips: int
     pairs: int
+    rest_models: tuple[str, ...] = tuple(PLANS)
 
-    def budgets(self, method: Method) -> tuple[float | None, ...]:
+    def budgets(self, kind: str, method: Method) -> tuple[float | None, ...]:
+        """Budgets of a method on a model; None is the one row of a method without a knob."""
+        if kind not in method.models:
+            return ()
         if not method.has_budget:
             return (None,)
-        return self.main if method.main else self.rest
+        if method.main:
+            return self.main
+        return self.rest if kind in self.rest_models else ()
 
 
 WHOLE = Extent(PLANS, (2.0, 2.5, 3.0, 4.0, 5.0), (2.5, 4.0), clips=16, pairs=3)
-QUICK = Extent(QUICK_PLANS, (1.5, 2.0), (2.0,), clips=2, pairs=1)
+QUICK = Extent(QUICK_PLANS, (1.5, 2.0), (2.0,), clips=2, pairs=1, rest_models=("tiny-df",))
 GUESS, PROBES = 3.0, 3  # for the estimate: FLOP ratio of a method without a budget, and runs that turn a knob once
 
 
@@ -71,7 +82,8 @@ class Bench:
 
     def wanted(self, kind: str) -> list[tuple[Method, tuple[float | None, ...]]]:
         """Methods of one model and their budgets."""
-        return [(method, self.extent.budgets(method)) for method in self.methods if kind in method.models]
+        pairs = ((method, self.extent.budgets(kind, method)) for method in self.methods)
+        return [(method, budgets) for method, budgets in pairs if budgets]
 
     def work(self, kind: str) -> float:
         """About how many full runs of a model its measurements amount to, when nothing is stored yet."""

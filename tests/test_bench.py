@@ -35,7 +35,7 @@ PLANS = {
     "tiny-next-clip": SegmentPlan(frames=6, segment=4, overlap=2, block=2, steps=10),
     "tiny-causal": SegmentPlan(frames=4, segment=2, block=2, steps=10),
 }
-SMALL = Extent(PLANS, (1.5, 2.0), (2.0,), clips=1, pairs=1)
+SMALL = Extent(PLANS, (2.0,), (2.0,), clips=1, pairs=1)
 FEW = (FEWER_STEPS, "tri-modal", "balanced")
 
 
@@ -45,7 +45,7 @@ def small(monkeypatch, tmp_path):
 
     def load(kind: str) -> TinyWan:
         torch.manual_seed(1)
-        config = TinyConfig(48, 64, 1, 2, causal_ar=kind == "tiny-causal", kind=kind, block=2)
+        config = TinyConfig(48, 64, 2, 2, causal_ar=kind == "tiny-causal", kind=kind, block=2)
         return TinyWan(config).eval().requires_grad_(False)
 
     (tmp_path / "models").mkdir()
@@ -54,6 +54,7 @@ def small(monkeypatch, tmp_path):
     for module in (scenes, presets):
         monkeypatch.setattr(module, "MODELS", tmp_path / "models")
     monkeypatch.setattr(scenes, "load", load)
+    monkeypatch.setattr("bench.peers.calibration.FOLDER", tmp_path / "calibration")
     scenes.loaded.cache_clear()
     yield
     scenes.loaded.cache_clear()
