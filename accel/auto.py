@@ -87,7 +87,8 @@ class AutoPolicy(Answers):
 
     One object a run: ``look`` before every ``decide`` or ``force``, ``learn`` with every computed velocity, ``told``
     with the numbers that ``learn`` left on the device. ``accumulated`` is the predicted error of the skips since the
-    last computed call, ``threshold`` the allowance; both are RMS over the active latent frames.
+    last computed call, ``threshold`` the allowance; both are RMS over the latent frames of that noise level, of those
+    that are active, where least is left.
 
     Args:
         config: the target. max_skip: most skips in a row, None for no cap.
@@ -152,14 +153,12 @@ class AutoPolicy(Answers):
             return self._recompute("off")
         if not self._ahead or self._fresh:
             return self._recompute("no history")
-        pending = allowed = 0.0
+        chunks: dict[float, list[tuple[float, float]]] = {}
         for frame in self._ahead.values():
-            run = [*self._run.get(frame.frame, ()), (frame.charge, frame.gain)]
-            pending += (self._rate(frame) * sum(charge * gain for charge, gain in run)) ** 2
-            left = max(self.config.budget - self._spent.get(frame.frame, 0.0), LEAST_SHARE * self.config.budget)
-            allowed += left / max(self.config.intervals * (1.0 - self._progress.get(frame.frame, 0.0)), 1.0)
-        self.accumulated = math.sqrt(pending / len(self._ahead))
-        self.threshold = math.sqrt(allowed / len(self._ahead))
+            chunks.setdefault(frame.sigma, []).append((self._pending(frame), self._allowance(frame)))
+        means = [tuple(sum(column) / len(chunk) for column in zip(*chunk, strict=True)) for chunk in chunks.values()]
+        pending, allowed = max(means, key=lambda mean: mean[0] / mean[1])
+        self.accumulated, self.threshold = math.sqrt(pending), math.sqrt(allowed)
         if not self.accumulated <= self.threshold:
             return self._recompute("threshold")
         if self._capped:
@@ -216,6 +215,17 @@ class AutoPolicy(Answers):
                 self._bands[key] = (mean + (rate - mean) / (count + 1), min(count + 1, MEMORY))
                 self._own[frame.frame] = (rate, frame.points)
                 self.measured += 1
+
+    def _pending(self, frame: _Frame) -> float:
+        """Square of what the skips since the last computed call and one more would add to ``E``."""
+        skips = sum(charge * gain for charge, gain in self._run.get(frame.frame, ())) + frame.charge * frame.gain
+        return (self._rate(frame) * skips) ** 2
+
+    def _allowance(self, frame: _Frame) -> float:
+        """Square of what the interval may add."""
+        budget = self.config.budget
+        left = max(budget - self._spent.get(frame.frame, 0.0), LEAST_SHARE * budget)
+        return left / max(self.config.intervals * (1.0 - self._progress.get(frame.frame, 0.0)), 1.0)
 
     def _rate(self, frame: _Frame) -> float:
         """``k``: the quadratic mean of the frame's last measured one and of its band's."""
