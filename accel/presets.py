@@ -144,8 +144,8 @@ def target_report(quality: float, regime: str) -> str:
         f"{TARGET}: {quality:g} dB PSNR to the video that {EXACT} makes, on any model.",
         "Every computed call is compared with what would have been predicted in its place; calls are skipped as long "
         "as the errors add up to no more. AR Timeline says what quality they predict.",
-        "It is met on average. A single video can come out several dB off, because small errors can decide what "
-        f"happens later: compare it with quality {EXACT} by Compare Runs.",
+        "The errors that a run brings in are counted, not what later segments make of them: a single video can come "
+        f"out several dB off, and a long one lower. Compare it with quality {EXACT} by Compare Runs.",
     ]
     return "\n".join([*lines, *filter(None, [PRESETS.notes.get(regime)])])
 
