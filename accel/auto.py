@@ -48,8 +48,8 @@ class AutoConfig:
         quality: PSNR in dB that the decoded video should have against the full run of the same seed, or a key of
             ``QUALITIES``; infinite computes every call. It is ``PIXEL_DB - 20 log10(rms E)`` over all latent frames,
             for latents of unit variance: what a latent error is in pixels, and what becomes of it on its way through
-            the rest of the run, is one constant that was measured on the tiny models and their codec, on two segments. What
-            later segments make of the errors of earlier ones is not in it.
+            the rest of the run, is one constant that was measured on the tiny models and their codec, on two segments.
+            What later segments make of the errors of earlier ones is not in it.
 
     Raises:
         ValueError: a name that does not exist, or a number that is not above 0.
