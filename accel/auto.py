@@ -30,15 +30,12 @@ from torch import Tensor
 from .call import Call, Decision, Family
 from .history import VelocityHistory
 from .policy import Answers
+from .skip_cost import POWER, SkipCost
 
 QUALITIES = {"high": 48.0, "balanced": 42.0, "fast": 34.0}
 PIXEL_DB = 17.5  # PSNR of a video whose latents are off by E of RMS 1
-SMALLEST_SIGNAL = 0.04  # 1 / (1 - s) is not charged beyond: at s = 0.98 perturbations grew 9 to 28 times
-FIRST_SIGNAL = 0.007  # 1 - s of the first solver step that is ever skipped
-POWER = 1.5  # p
 PRIOR = {1: 1.0, 2: 0.5}  # k before anything was measured, by points used
 PRIOR_WEIGHT, MEMORY = 1, 32  # measurements that the prior counts for, and that a band remembers
-BAND = 0.5  # width of a band in log(1 - s)
 LEAST_SHARE = 0.25  # of the budget that is always handed out again, however much was spent
 INTERVALS = 12.0  # between computed calls of a latent frame, at the quality "balanced"
 
@@ -51,7 +48,8 @@ class AutoConfig:
         quality: PSNR in dB that the decoded video should have against the full run of the same seed, or a key of
             ``QUALITIES``; infinite computes every call. It is ``PIXEL_DB - 20 log10(rms E)`` over all latent frames,
             for latents of unit variance: what a latent error is in pixels, and what becomes of it on its way through
-            the rest of the run, is one constant that was measured on the tiny models and their codec.
+            the rest of the run, is one constant that was measured on the tiny models and their codec, on two segments.
+            What later segments make of the errors of earlier ones is not in it.
 
     Raises:
         ValueError: a name that does not exist, or a number that is not above 0.
@@ -87,7 +85,8 @@ class AutoPolicy(Answers):
 
     One object a run: ``look`` before every ``decide`` or ``force``, ``learn`` with every computed velocity, ``told``
     with the numbers that ``learn`` left on the device. ``accumulated`` is the predicted error of the skips since the
-    last computed call, ``threshold`` the allowance; both are RMS over the active latent frames.
+    last computed call, ``threshold`` the allowance; both are RMS over the latent frames of that noise level, of those
+    that are active, where least is left.
 
     Args:
         config: the target. max_skip: most skips in a row, None for no cap.
@@ -108,11 +107,11 @@ class AutoPolicy(Answers):
         self._finished += self._spent.values()
         self._spent = {}
         self._error: Tensor | None = None
-        self._ahead: dict[int, _Frame] = {}
+        self._ahead: dict[int, SkipCost] = {}
         self._progress: dict[int, float] = {}
         self._run: dict[int, list[tuple[float, float]]] = {}
         self._own: dict[int, tuple[float, int]] = {}
-        self._asked: list[_Frame] = []
+        self._asked: list[SkipCost] = []
         self._broken = self._fresh = False
 
     @property
@@ -142,7 +141,7 @@ class AutoPolicy(Answers):
                 sigma, step = call.sigmas[offset], call.steps[offset]
                 before = self._table.get(step - 1, sigma)
                 after = 0.0 if step == call.total_steps else self._table.get(step + 1, max(2 * sigma - before, 0.0))
-                self._ahead[frame] = _Frame(frame, sigma, after, levels[offset], step / max(call.total_steps, 1))
+                self._ahead[frame] = SkipCost(frame, sigma, after, levels[offset], step / max(call.total_steps, 1))
 
     def decide(self, discrepancy: float = 0.0, can_cache: bool = True, can_predict: bool = True) -> Decision:
         """Answer for the call looked at; ``discrepancy`` only has to be finite."""
@@ -152,14 +151,12 @@ class AutoPolicy(Answers):
             return self._recompute("off")
         if not self._ahead or self._fresh:
             return self._recompute("no history")
-        pending = allowed = 0.0
+        chunks: dict[float, list[tuple[float, float]]] = {}
         for frame in self._ahead.values():
-            run = [*self._run.get(frame.frame, ()), (frame.charge, frame.gain)]
-            pending += (self._rate(frame) * sum(charge * gain for charge, gain in run)) ** 2
-            left = max(self.config.budget - self._spent.get(frame.frame, 0.0), LEAST_SHARE * self.config.budget)
-            allowed += left / max(self.config.intervals * (1.0 - self._progress.get(frame.frame, 0.0)), 1.0)
-        self.accumulated = math.sqrt(pending / len(self._ahead))
-        self.threshold = math.sqrt(allowed / len(self._ahead))
+            chunks.setdefault(frame.sigma, []).append((self._pending(frame), self._allowance(frame)))
+        means = [tuple(sum(column) / len(chunk) for column in zip(*chunk, strict=True)) for chunk in chunks.values()]
+        pending, allowed = max(means, key=lambda mean: mean[0] / mean[1])
+        self.accumulated, self.threshold = math.sqrt(pending), math.sqrt(allowed)
         if not self.accumulated <= self.threshold:
             return self._recompute("threshold")
         if self._capped:
@@ -217,23 +214,19 @@ class AutoPolicy(Answers):
                 self._own[frame.frame] = (rate, frame.points)
                 self.measured += 1
 
-    def _rate(self, frame: _Frame) -> float:
+    def _pending(self, frame: SkipCost) -> float:
+        """Square of what the skips since the last computed call and one more would add to ``E``."""
+        skips = sum(charge * gain for charge, gain in self._run.get(frame.frame, ())) + frame.charge * frame.gain
+        return (self._rate(frame) * skips) ** 2
+
+    def _allowance(self, frame: SkipCost) -> float:
+        """Square of what the interval may add."""
+        budget = self.config.budget
+        left = max(budget - self._spent.get(frame.frame, 0.0), LEAST_SHARE * budget)
+        return left / max(self.config.intervals * (1.0 - self._progress.get(frame.frame, 0.0)), 1.0)
+
+    def _rate(self, frame: SkipCost) -> float:
         """``k``: the quadratic mean of the frame's last measured one and of its band's."""
         band = self._bands.get((frame.points, frame.band), (PRIOR[frame.points] ** 2,))[0]
         own, points = self._own.get(frame.frame, (band, frame.points))
         return math.sqrt(0.5 * (own + band) if points == frame.points else band)
-
-
-class _Frame:
-    """One latent frame at a call: ``charge`` is ``|ds| / (1 - s)`` of its step, ``gain`` the ``g`` of a skip."""
-
-    def __init__(self, frame: int, sigma: float, after: float, levels: tuple[float, ...], time: float) -> None:
-        self.frame, self.sigma, self.after, self.levels = frame, sigma, after, levels
-        self.points = min(len(levels), 2)
-        signal = max(1.0 - sigma, SMALLEST_SIGNAL)
-        self.band = math.floor(math.log(signal) / BAND)
-        self.charge = (sigma - after) / max(1.0 - after, SMALLEST_SIGNAL)
-        ahead = (levels[0] - sigma) / signal
-        reach = ahead if self.points == 1 else ahead * (levels[1] - sigma) / signal
-        self.progress = 0.5 * (1.0 - math.log(max(1.0 - sigma, FIRST_SIGNAL)) / math.log(FIRST_SIGNAL) + time)
-        self.gain = max(reach, 0.0) ** (0.5 * POWER)

@@ -141,15 +141,16 @@ def quality_target(quality: float | str) -> Acceleration:
     )
 
 
-def target_report(quality: float) -> str:
+def target_report(quality: float, regime: str) -> str:
     """What ``quality_target`` sets, in a few lines."""
-    return (
-        f"{TARGET}: {quality:g} dB PSNR to the video that {EXACT} makes, on any model.\n"
-        "Every computed call is compared with what would have been predicted in its place, and calls are skipped as "
-        "long as the errors add up to no more. AR Timeline says what was predicted at the end.\n"
-        "A single video can come out several dB off: small errors grow from segment to segment, more in some than in "
-        f"others. Compare it with quality {EXACT} by Compare Runs."
-    )
+    lines = [
+        f"{TARGET}: {quality:g} dB PSNR to the video that {EXACT} makes, on any model.",
+        "Every computed call is compared with what would have been predicted in its place; calls are skipped as long "
+        "as the errors add up to no more. AR Timeline says what quality they predict.",
+        "The errors that a run brings in are counted, not what later segments make of them: a single video can come "
+        f"out several dB off, and a long one lower. Compare it with quality {EXACT} by Compare Runs.",
+    ]
+    return "\n".join([*lines, *filter(None, [PRESETS.notes.get(regime)])])
 
 
 def words(acceleration: Acceleration) -> list[str]:

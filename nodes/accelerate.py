@@ -45,7 +45,7 @@ class ARVAAccelerate(io.ComfyNode):
     def execute(cls, model: io.Model.Type, quality: str, target_db: float = 40.0) -> io.NodeOutput:
         regime = model_regime(model, NODE)
         if quality == TARGET:
-            return io.NodeOutput(describe_all(model, quality_target(target_db)), target_report(target_db))
+            return io.NodeOutput(describe_all(model, quality_target(target_db)), target_report(target_db, regime))
         name, path = embedded_model(model) or (None, None)
         weights = digest(path) if PRESETS.knows(name) else None
         acceleration = None if quality == EXACT else PRESETS.find(quality, name, regime).acceleration

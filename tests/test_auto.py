@@ -16,6 +16,7 @@ from accel.history import VelocityHistory
 from accel.presets import quality_target
 from accel.sampling import SegmentPlan, causal_blocks, diffusion_forcing
 from accel.schedule import flow_sigmas
+from bench.auto import HAND, at_ratio, table
 from tests.fakes import SmoothDenoiser, make_run, video
 
 STAIRCASE = SegmentPlan(frames=14, segment=8, overlap=2, block=2, ar_step=3, steps=40)
@@ -206,3 +207,33 @@ def test_there_is_one_read_a_step_at_most(monkeypatch):
 def test_a_target_that_cannot_be_is_refused_with_the_remedy(quality):
     with pytest.raises(ValueError, match="use a number of dB above 0"):
         quality_target(quality)
+
+
+def test_the_chunk_with_least_left_decides_for_a_staircase():
+    decisions = []
+    for spent in (0.0, 1e6):
+        policy, history = AutoPolicy(AutoConfig(20.0)), VelocityHistory(2)
+        for step, sigmas in ((1, (0.6, 0.9)), (2, (0.5, 0.8)), (3, (0.4, 0.7))):
+            call = Call(Kind.DENOISE, 0, step, (0, 2), sigmas, (step + 3, step), (True, True), total_steps=10)
+            policy.look(call, history)
+            if step == 3:
+                break
+            policy.force()
+            history.push((0, 2), sigmas, torch.ones(1, 1, 2, 2, 2))
+        policy.learn((0, 2), torch.zeros(1, 1, 2, 2, 2), 2)
+        policy.told([0.01, 2.0, 0.0, spent])
+        policy.look(call, history)
+        decisions.append(policy.decide())
+    assert decisions == [Decision.PREDICT, Decision.RECOMPUTE]
+
+
+def test_the_measurement_compares_at_equal_flops():
+    curve = [(2.0, 50.0), (4.0, 40.0), (8.0, 20.0)]
+    assert at_ratio(8 / 3, curve) == pytest.approx(45.0)
+    assert at_ratio(4.0, curve) == 40.0
+    assert at_ratio(1.5, curve) is None and at_ratio(9.0, curve) is None
+    rows = [
+        {"model": "tiny-df", "method": name, "flop_ratio": 2.0 + index, "psnr": 50.0 - index, "note": None}
+        for index, name in enumerate([*HAND, "target 40"])
+    ]
+    assert table(rows, ["tiny-df"], [40.0])[-1] == "| tiny-df | 40 | 7.00x | 45.00 (45.0 to 45.0) | 45.00 | - |"

@@ -25,7 +25,7 @@ def core_workflow(infos: dict[str, Any]) -> dict[str, Any]:
     """Core's way to sample a causal model, with Accelerate AR Video (node ``OURS``) behind the loader; UI format."""
     plan: list[tuple[str, list[Any], dict[str, tuple[int, int]]]] = [
         ("UNETLoader", [CHECKPOINT, "default"], {}),
-        ("ARVAAccelerate", ["balanced"], {"model": (1, 0)}),
+        ("ARVAAccelerate", ["balanced", 40.0], {"model": (1, 0)}),
         ("LotusConditioning", [], {}),
         ("BasicGuider", [], {"model": (2, 0), "conditioning": (3, 0)}),
         ("BasicScheduler", ["simple", 2, 1.0], {"model": (2, 0)}),

@@ -44,6 +44,9 @@ for name, path in json.loads(sys.argv[1]).items():
         regime = "causal" if "causal" in name else "frames"
         expected = None if quality == "exact" else presets.PRESETS.find(quality, known, regime).acceleration
         answer["equal"].append(told == expected and (told is None) == (quality == "exact"))
+    made, settings = accelerate(model, "target", 37.5)
+    held = options(made)["arva_acceleration"] == presets.quality_target(37.5)
+    answer.setdefault("target", []).append(held and settings.startswith("target: 37.5 dB"))
     described = NODES["ARVATriModalScheduler"].execute(model, 0.2, 0.9, "log-snr", "1", 0.75, 5, 1, 0.0)[0]
     described = NODES["ARVAActiveFrameWindow"].execute(described, "suffix")[0]
     exact = accelerate(accelerate(described, "fast")[0], "exact")[0]
@@ -101,6 +104,10 @@ def answer(comfy_root: Path, checkpoints: dict[str, Path], tmp_path_factory: pyt
 
 def test_every_quality_sets_what_the_table_says(answer: dict[str, Any], checkpoints: dict[str, Path]) -> None:
     assert len(answer["equal"]) == len(checkpoints) * len(QUALITIES) and all(answer["equal"])
+
+
+def test_target_holds_the_quality_that_is_set_on_every_model(answer: dict[str, Any]) -> None:
+    assert answer["target"] and all(answer["target"])
 
 
 def test_the_settings_text_is_the_tables_report(answer: dict[str, Any], checkpoints: dict[str, Path]) -> None:

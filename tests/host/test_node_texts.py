@@ -69,7 +69,8 @@ def test_few_widgets_are_visible_and_the_others_are_advanced(nodes: dict[str, di
         assert len(visible) <= VISIBLE, (node_id, visible)
     shown = [name for name, _, options in widgets(nodes["ARVASegmentSampler"]) if not options.get("advanced")]
     assert shown == ["seed", "steps", "cfg", "mode", "segment"]
-    assert [name for name, *_ in widgets(nodes["ARVAAccelerate"])] == ["quality"]
+    chosen = [(name, bool(options.get("advanced"))) for name, _, options in widgets(nodes["ARVAAccelerate"])]
+    assert chosen == [("quality", False), ("target_db", True)]
 
 
 def test_defaults_are_allowed_values(nodes: dict[str, dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from accel.correct import CorrectionConfig
 from accel.engine import Acceleration, HistoryGuidedConfig, SchedulerConfig
 from accel.kv.frozen import FrozenConfig
 from accel.policy import TriModalConfig
-from accel.presets import EXACT, PRESETS
+from accel.presets import EXACT, PRESETS, TARGET, quality_target
 from accel.sampling import SegmentPlan
 from demo import generate
 from demo.model import TinyWan
@@ -83,6 +83,8 @@ def _acceleration(graph: dict[str, dict[str, Any]], node_id: str, model: TinyWan
     if node["class_type"] == "ARVAAccelerate":
         if inputs["quality"] == EXACT:
             return Acceleration()
+        if inputs["quality"] == TARGET:
+            return quality_target(inputs["target_db"])
         regime = "causal" if model.config.causal_ar else "frames"
         return PRESETS.find(inputs["quality"], model.config.kind, regime).acceleration
     before = _acceleration(graph, inputs["model"][0], model)
