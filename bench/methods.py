@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
+from accel.chunks import ChunkConfig
 from accel.correct import CorrectionConfig
 from accel.engine import Acceleration, HistoryGuidedConfig, SchedulerConfig
+from accel.kv.frozen import FrozenConfig
 from accel.policy import TriModalConfig
-from accel.presets import PRESETS
+from accel.presets import PRESETS, quality_target
 from demo.generate import fewer_steps as shorter
 
 from .peers import PEERS
@@ -102,10 +104,39 @@ def scope(window: bool, thresholds: tuple[float, float] = PUBLISHED["fast"]) -> 
     return build
 
 
-def _preset(name: str, window: bool = False) -> Callable[[None, Scene], dict[str, Any]]:
+def chunk_cache(refresh: float) -> Callable[[tuple, Scene], dict[str, Any]]:
+    """Chunk Cache on ``log-signal``, its kept K/V renewed above ``refresh``; settings as of ``tri_modal``."""
+
+    def build(setting: tuple[int, float, float], scene: Scene) -> dict[str, Any]:
+        skips, tau, reach = setting
+        chunks = ChunkConfig(TriModalConfig(0.0, tau, decay=1.0, max_skip=skips), reach=reach)
+        return {"acceleration": Acceleration(chunks=chunks, frozen_window=FrozenConfig(refresh))}
+
+    return build
+
+
+def flowcache(threshold: float, scene: Scene) -> dict[str, Any]:
+    """FlowCache as published for SkyReels-V2 (arXiv 2602.10825): every chunk holds by its own timestep embedding, five
+    warm-up steps, K/V never renewed; attention sees the whole window, as the model was trained."""
+    rule = ChunkConfig(TriModalConfig(threshold, threshold, max_skip=None), "timestep", reach=None, warmup=5)
+    return {"acceleration": Acceleration(chunks=rule, frozen_window=FrozenConfig(commit=False))}
+
+
+def frozen(setting: tuple[int, float, float], scene: Scene) -> dict[str, Any]:
+    """Tri-Modal Scheduler and Active Frame Window with frozen K/V; settings as of ``tri_modal``."""
+    acceleration = tri_modal(1)(setting, scene)["acceleration"]
+    return {"acceleration": replace(acceleration, frozen_window=FrozenConfig(REFRESH))}
+
+
+def auto(decibels: float, scene: Scene) -> dict[str, Any]:
+    """The quality target of Accelerate AR Video, in dB."""
+    return {"acceleration": quality_target(decibels)}
+
+
+def _preset(name: str, **window: Any) -> Callable[[None, Scene], dict[str, Any]]:
     def build(_: None, scene: Scene) -> dict[str, Any]:
         preset = PRESETS.find(name, scene.kind, "causal" if scene.kind == CAUSAL else "frames")
-        return {"acceleration": replace(preset.acceleration, suffix_window=window)}
+        return {"acceleration": replace(preset.acceleration, **window)}
 
     return build
 
@@ -130,6 +161,14 @@ def _finer(settings: tuple[Any, ...]) -> tuple[Any, ...]:
     return settings
 
 
+REFRESH = 1.0  # of kept K/V, the default of the node
+WINDOWS = {
+    "suffix-window": {"suffix_window": True},
+    "frozen-kv": {"frozen_window": FrozenConfig(REFRESH)},
+    "frozen-kv-never-renewed": {"frozen_window": FrozenConfig()},
+    "shared-prefix": {"shared_prefix": FrozenConfig(REFRESH)},
+}
+DECIBELS = tuple(float(value) for value in range(60, 17, -1))
 DELTAS = geometric(0.01, 3.0, 40)
 SCALES = geometric(0.02, 5.0, 50)
 PATH = (  # from preset "high" (first) over "balanced" (fourth) to "fast" (last)
@@ -143,7 +182,8 @@ def _preset_rows() -> Iterator[Method]:
         models = tuple(preset.model for preset in PRESETS if preset.name == name)
         yield Method(name, _preset(name), ours=True, models=models)
     for name in ("balanced", "fast"):
-        yield Method(f"{name}-suffix-window", _preset(name, True), ours=True, models=STAIRCASE_MODELS)
+        for window, parts in WINDOWS.items():
+            yield Method(f"{name}-{window}", _preset(name, **parts), ours=True, models=STAIRCASE_MODELS)
 
 
 def _scope_rows() -> Iterator[Method]:
@@ -167,6 +207,10 @@ def all_methods() -> dict[str, Method]:
             Method(f"tri-modal-order-{order}", tri_modal(order), True, settings=PATH, rehearsed=True)
             for order in (2, "newton2", "auto")
         ),
+        Method("frozen-kv", frozen, True, STAIRCASE_MODELS, main=True, settings=PATH, rehearsed=True),
+        Method("chunk-cache", chunk_cache(2.0), True, STAIRCASE_MODELS, main=True, settings=PATH, rehearsed=True),
+        Method("flowcache", flowcache, False, STAIRCASE_MODELS, main=True, settings=SCALES, rehearsed=True),
+        Method("auto", auto, True, main=True, settings=DECIBELS),
         *_preset_rows(),
     ]
     return {method.name: method for method in rows}
