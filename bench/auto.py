@@ -27,7 +27,7 @@ from demo.generate import CAUSAL_FRAMES, MODELS, PLAN, Result, sample, sample_ca
 from demo.model import TinyWan, load_model
 
 from .__main__ import RESULTS
-from .runs import prompt
+from .scenes import prompt
 
 KINDS = ("tiny-df", "tiny-next-clip", "tiny-causal")
 SHORT = SegmentPlan(frames=28, segment=16, overlap=4, block=4, ar_step=5, steps=50)
