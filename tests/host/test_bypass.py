@@ -18,8 +18,10 @@ from tests.host.workflow_run import NAMES, OTHERS_WEIGHTS, SAMPLER, nodes_of
 ACCELERATION = (
     "ARVAAccelerate",
     "ARVAActiveFrameWindow",
+    "ARVAChunkCache",
     "ARVAHistoryGuidedCache",
     "ARVAResidualCorrection",
+    "ARVASharedPrefixCache",
     "ARVATriModalScheduler",
 )
 

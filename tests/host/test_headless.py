@@ -67,7 +67,7 @@ def test_video_and_timeline_are_fetched(example: tuple[str, Path]) -> None:
         assert len(list(container.decode(video=0))) == FRAMES
     assert "<svg" in picture.read_text()
     saved = {Path(path).name for path in re.findall(r"^saved (.+)$", printed, re.MULTILINE)}
-    assert saved == {path.name for path in folder.iterdir()} and len(saved) == 4
+    assert saved == {path.name for path in folder.iterdir()} and len(saved) == 5
 
 
 @pytest.mark.parametrize(
