@@ -2,7 +2,7 @@
 
     python -m tests.host.browser
 
-renews the screenshots of the timeline widget in its help page and the README.
+renews the screenshots of the timeline widget in its help page and the README, and of every node in its help page.
 """
 
 from __future__ import annotations
@@ -180,7 +180,41 @@ def main() -> None:
         frontend.page.mouse.move(box["x"] + 0.45 * box["width"], box["y"] + 0.45 * box["height"])
         frontend.page.wait_for_timeout(500)
         _shoot(frontend, folder / "widget.png")
+        for node_id in sorted(
+            name for name in server.object_info() if name.startswith("ARVA") and name != "ARVATimeline"
+        ):
+            picture_node(frontend, node_id)
         frontend.close()
+
+
+ALONE = """async ([type, width]) => {
+    app.graph.clear();
+    const node = LiteGraph.createNode(type);
+    app.graph.add(node);
+    node.pos = [0, 0];
+    node.setSize([width, node.computeSize()[1]]);
+    app.canvas.ds.scale = 1;
+    app.canvas.ds.offset = [500, 300];
+    app.canvas.deselectAll?.();
+    app.canvas.setDirty(true, true);
+    return [...node.size];
+}"""
+"""Leaves one node on the canvas, its body's corner at (500, 300); gives its size."""
+TITLE, MARGIN = 30, 12
+
+
+def picture_node(frontend: Frontend, node_id: str) -> None:
+    """A picture of one node as it comes, for its help page."""
+    width, height = frontend.page.evaluate(ALONE, [node_id, 340])
+    frontend.page.wait_for_timeout(500)
+    canvas = frontend.page.evaluate("document.querySelector('#graph-canvas').getBoundingClientRect().toJSON()")
+    clip = {
+        "x": canvas["x"] + 500 - MARGIN, "y": canvas["y"] + 300 - TITLE - 1,
+        "width": width + 2 * MARGIN, "height": height + TITLE + MARGIN,
+    }  # fmt: skip
+    path = PACK_ROOT / "web" / "docs" / node_id / "node.png"
+    frontend.page.screenshot(path=path, clip=clip)
+    print(node_id, path.name, path.stat().st_size, "bytes")
 
 
 def _shoot(frontend: Frontend, path: Path) -> None:

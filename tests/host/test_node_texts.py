@@ -88,7 +88,9 @@ def test_every_node_has_a_help_page_that_begins_with_its_name(nodes: dict[str, d
     for node_id, info in nodes.items():
         page = (PACK_ROOT / "web" / "docs" / node_id / "en.md").read_text(encoding="utf-8")
         assert page.startswith(f"# {info['display_name']}\n"), node_id
-        for picture in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page):
+        pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page)
+        assert pictures, node_id
+        for picture in pictures:
             size = (PACK_ROOT / "web" / "docs" / node_id / picture).stat().st_size
             assert 0 < size < 200_000, (node_id, picture)
     documented = {path.name for path in (PACK_ROOT / "web" / "docs").iterdir()}
