@@ -45,14 +45,15 @@ def log_line(timeline: Timeline) -> str:
 
 
 def calls_line(timeline: Timeline) -> str:
-    """How many model calls there were and what became of them."""
+    """How many model calls there were and what became of them; with decisions per chunk, each chunk is a call."""
     calls = timeline.totals()["calls"]
     steps = sum(calls.values()) - calls["commit"]
     skipped = calls["predict"] + calls["cache"]
     share = f", {100 * skipped / steps:.0f} % skipped" if steps else ""
     parts = ", ".join(f"{name} {count}" for name, count in calls.items() if count or name != "commit")
     total = sum(calls.values())
-    return f"{total} model call{'' if total == 1 else 's'}{share} ({parts})"
+    noun = "chunk call" if _per_chunk(timeline) else "model call"
+    return f"{total} {noun}{'' if total == 1 else 's'}{share} ({parts})"
 
 
 def cost_line(timeline: Timeline) -> str:
@@ -114,6 +115,10 @@ def why_nothing_skipped(timeline: Timeline) -> str | None:
 
 def _denoised(timeline: Timeline) -> list[StepRecord]:
     return [record for record in timeline.records if record.decision in ("recompute", "predict", "cache")]
+
+
+def _per_chunk(timeline: Timeline) -> bool:
+    return timeline.totals()["iterations"] < len(timeline.records)
 
 
 def _counted(reasons: Iterable[str]) -> str:

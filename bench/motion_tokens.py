@@ -1,11 +1,11 @@
 """``python -m bench.motion_tokens``: does recomputing tokens instead of chunks hold its promise (arXiv 2605.01725)?
 
 MotionCache: every token has an accumulator ``A += d w`` and is computed where it reaches a threshold; ``w`` is larger
-where the video moves. Tokens that are not computed take a line through their last two true velocities, and answer the attention of the
-others with the keys and values of their last forward. Weights: ``motion`` (0.6 to 1 by the difference of neighbouring
-frames), ``shuffled`` (the same numbers at other places, a negative control) and ``even`` (their mean everywhere, which
-computes whole chunks, as Chunk Cache does). If moving tokens are what has to be computed, ``motion`` has more PSNR than
-the other two at equal FLOPs.
+where the video moves. Tokens that are not computed take a line through their last two true velocities, and answer the
+attention of the others with the keys and values of their last forward. Weights: ``motion`` (0.6 to 1 by the difference
+of neighbouring frames), ``shuffled`` (the same numbers at other places, a negative control) and ``even`` (their mean
+everywhere, which computes whole chunks, as Chunk Cache does). If moving tokens are what has to be computed, ``motion``
+has more PSNR than the other two at equal FLOPs.
 
 Reading: the change ``d`` is that of the ``log-signal``; motion is taken from the clip that the last velocities foresee;
 a place is computed in all frames of a chunk when more than half of them ask for it (the paper's spatial vote); the

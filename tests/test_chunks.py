@@ -151,6 +151,7 @@ def test_every_chunk_of_every_call_is_accounted_for(name, solver):
     totals = run.timeline.totals()
     calls = totals["calls"]
     assert sum(calls.values()) == 2 * chunk_calls(PLAN)
+    assert f"{2 * chunk_calls(PLAN)} chunk calls, " in run.timeline.summary()
     assert calls["recompute"] < 2 * chunk_calls(PLAN)
     forwarded = sum(100 * (call.queries[1] - call.queries[0]) for call in run.denoiser.denoised)
     assert forwarded <= totals["flops"] < forwarded + 60 * PLAN.calls()
@@ -177,6 +178,31 @@ def test_equal_local_steps_get_equal_decisions_where_only_noise_levels_count():
     for record in run.timeline.records:
         by_chunk.setdefault((record.segment, record.frames), []).append(record.decision)
     assert len({tuple(decisions) for decisions in by_chunk.values()}) == 1
+
+
+def test_the_chunk_pipeline_runs_a_sliding_window_of_chunks():
+    """MAGI-1's schedule: one segment, a chunk every N / W rows, W chunks at work (golden ``magi_schedule``)."""
+    plan = SegmentPlan(frames=14, segment=14, overlap=0, block=2, ar_step=5, steps=20)
+    acceleration = Acceleration(
+        chunks=ChunkConfig(TriModalConfig(0.02, 0.1, 1.0), signal="timestep", last="segment"),
+        frozen_window=FrozenConfig(commit=False), suffix_window=True,
+    )  # fmt: skip
+    _, run = sample(acceleration, plan=plan)
+    rows: dict[int, list] = {}
+    for record in run.timeline.records:
+        rows.setdefault(record.iteration, []).append(record)
+    assert max(map(len, rows.values())) == 4 and len(run.timeline.records) == 7 * 20
+    intervals = plan.matrices()[0].active_intervals()
+    for iteration, (first, last) in enumerate(intervals):
+        assert rows[iteration][0].frames[0] == first and rows[iteration][-1].frames[1] == last
+        for record in rows[iteration]:
+            assert all(first <= start and end <= last for start, end in record.queries or ())
+    decisions = [
+        [record.decision for record in run.timeline.records if record.frames == (start, start + 2)]
+        for start in range(0, 14, 2)
+    ]
+    assert all(one[:-1] == decisions[0][:-1] for one in decisions) and decisions[-1][-1] == "recompute"
+    assert "cache" in decisions[0] and "predict" in decisions[0]
 
 
 def test_a_plan_made_before_the_first_call_equals_what_is_measured_on_the_way():
