@@ -2,9 +2,9 @@
 
 ARCache's evidence, redone on the tiny models: full runs, every call looked at. At each call the change of every signal
 since the call before is set against the change of the velocity (relative L1 over the active latent frames), as
-Spearman's rank correlation over all calls of a clip, mean over clips. ``within steps`` takes the noise level out: ranks among the
-calls at the same solver step of the oldest active chunk, so that only what depends on the video is left. Writes
-``bench/results/evidence.json`` and ``evidence.md``.
+Spearman's rank correlation over all calls of a clip, mean over clips. ``within steps`` takes the noise level out: ranks
+among the calls at the same solver step of the oldest active chunk, so that only what depends on the video is left.
+Writes ``bench/results/evidence.json`` and ``evidence.md``.
 """
 
 from __future__ import annotations
