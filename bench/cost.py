@@ -15,6 +15,7 @@ from typing import Any
 from accel.flops import CONVENTION, WAN_1_3B, WAN_14B
 
 from . import fullsize as full
+from .fullschedule import DECIDERS
 from .methods import METHODS
 from .rehearsal import rehearse
 from .scenes import Scene
@@ -29,7 +30,7 @@ PLANS = {
 }
 SCHEMES = (full.FULL, full.SUFFIX, full.ACTIVE, full.CAUSAL)
 WINDOWS = (full.FULL, full.SUFFIX, full.ACTIVE_WHOLE)
-LISTS = ("high", "balanced", "fast", "scope-slow", "scope-fast")
+LISTS = ("high", "balanced", "6 in a row", "fast", "scope-slow", "scope-fast")
 
 
 def schedules() -> list[dict[str, Any]]:
@@ -51,7 +52,8 @@ def lists() -> list[dict[str, Any]]:
     """Full-size FLOP ratios of decision lists by what a computed call is given."""
     scene, rows = Scene("tiny-df", full.SKYREELS), []
     for name in LISTS:
-        decisions = [record.decision for record in rehearse(scene, **METHODS[name].build(None, scene)).records]
+        options = METHODS[name].build(None, scene) if name in METHODS else {"acceleration": DECIDERS[name]}
+        decisions = [record.decision for record in rehearse(scene, **options).records]
         calls = {kind: decisions.count(kind) for kind in ("recompute", "predict", "cache")}
         for model, shape in SHAPES.items():
             ratios = {windows: full.replayed(decisions, windows, shape) for windows in WINDOWS}
