@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from accel.call import Call, Decision, Kind
+from accel.chunks import ChunkConfig
 from accel.engine import Acceleration, Run, SchedulerConfig
 from accel.flops import WanShape
 from accel.kv.frozen import FrozenConfig, FrozenKV, FrozenWindow, frozen_bytes, hull, runs
@@ -140,3 +141,21 @@ def test_intervals_of_frames():
 def test_bad_settings_are_refused_in_a_sentence(options):
     with pytest.raises(ValueError, match=r"^Frozen K/V: .*use"):
         FrozenConfig(**options)
+
+
+def test_without_room_the_window_stays_whole_and_the_timeline_says_why(model):
+    class Full(TinyDenoiser):
+        def keep(self, frames):
+            return f"off: the K/V of {frames} latent frames find no room"
+
+    noise = torch.randn(1, 16, PLAN.frames, 4, 4, generator=torch.Generator().manual_seed(5))
+    context = torch.zeros(1, 64, 64)
+    videos = []
+    for acceleration in (Acceleration(), FROZEN, Acceleration(chunks=ChunkConfig(TriModalConfig(0.0, 0.0)))):
+        run = Run(acceleration, Full(model, context, 2.0).sized(noise), Timeline())
+        videos.append(video(diffusion_forcing(run, noise, PLAN, flow_sigmas(PLAN.steps, 3.0))))
+        told = run.timeline.settings.get("frozen K/V")
+        assert told == (None if acceleration == Acceleration() else "off: the K/V of 8 latent frames find no room")
+        assert all(record.queries is None for record in run.timeline.records)
+        assert run.timeline.totals()["flops"] == run.timeline.flops_full
+    assert torch.equal(videos[0], videos[1]) and torch.equal(videos[0], videos[2])
