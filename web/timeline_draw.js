@@ -222,12 +222,16 @@ function drawBins(context, run, view, layout, theme, scale) {
     for (let row = low; row < top; row++) counts[(bin * down + row) * kinds + kind] += 1;
   };
   const [begin, end] = run.between(Math.floor(view.from), Math.ceil(view.to));
+  let [lastColumn, lastStart, lastEnd] = [-1, -1, -1];
   for (let index = begin; index < end; index++) {
     const { column, decision, rows: span, windowRows } = run.records[index];
     const bin = Math.floor((column - layout.from) / perBin);
     if (bin < 0 || bin >= across) continue;
     mark(bin, decision, span);
-    if (windowRows[0] !== span[0] || windowRows[1] !== span[1]) mark(bin, kinds - 1, windowRows);
+    const [start, stop] = windowRows;
+    if ((start === span[0] && stop === span[1]) || (column === lastColumn && start === lastStart && stop === lastEnd)) continue;
+    mark(bin, kinds - 1, windowRows);
+    [lastColumn, lastStart, lastEnd] = [column, start, stop];
   }
   const image = context.createImageData(wide, high);
   const pixels = new Uint32Array(image.data.buffer);
@@ -271,35 +275,52 @@ function fullStrip(run) {
   return Math.max(peak, 1.15 * run.limit) || 1;
 }
 
+let peaks = new Float32Array(0);
+let limits = new Float32Array(0);
+let kindsOfPeaks = new Uint8Array(0);
+
 /** The greatest discrepancy of every iteration, or of every two pixels of them, as a bar; the threshold as a line. */
 function drawStrip(context, run, view, layout, theme) {
   const full = fullStrip(run);
   const wide = Math.max(layout.cell, 2);
-  const bins = new Map();
+  const bins = Math.ceil((layout.right - layout.left) / wide) + 2;
+  if (peaks.length < bins) {
+    peaks = new Float32Array(bins);
+    limits = new Float32Array(bins);
+    kindsOfPeaks = new Uint8Array(bins);
+  }
+  peaks.fill(-1, 0, bins);
+  limits.fill(-1, 0, bins);
   const [begin, end] = run.between(Math.floor(view.from), Math.ceil(view.to));
+  const shift = 1e-6 / wide - (layout.from * layout.cell) / wide;
   for (let index = begin; index < end; index++) {
-    const record = run.records[index];
-    if (!Number.isFinite(record.discrepancy)) continue;
-    const bin = Math.floor((layout.x(record.column) - layout.left + 1e-6) / wide);
-    const known = bins.get(bin);
-    const threshold = Math.max(record.threshold ?? -1, known?.threshold ?? -1);
-    if (!known || record.discrepancy > known.discrepancy) {
-      bins.set(bin, { discrepancy: record.discrepancy, decision: record.decision, threshold });
-    } else known.threshold = threshold;
+    const { column, discrepancy, threshold, decision } = run.records[index];
+    if (!Number.isFinite(discrepancy)) continue;
+    const bin = Math.floor((column * layout.cell) / wide + shift) + 1;
+    if (bin < 0 || bin >= bins) continue;
+    if (threshold != null && threshold > limits[bin]) limits[bin] = threshold;
+    if (discrepancy > peaks[bin]) {
+      peaks[bin] = discrepancy;
+      kindsOfPeaks[bin] = decision;
+    }
   }
   const height = (value) => Math.min(Math.max(value / full, 0), 1.08) * layout.strip;
-  for (const [bin, { discrepancy, decision }] of bins) {
+  const bar = wide - (wide > 5 ? 0.7 : 0);
+  for (let decision = 0; decision < DECISIONS.length; decision++) {
     context.fillStyle = theme.fills[decision];
-    const tall = height(discrepancy);
-    context.fillRect(layout.left + bin * wide, layout.stripBottom - tall, wide - (wide > 5 ? 0.7 : 0), tall);
+    for (let bin = 0; bin < bins; bin++) {
+      if (peaks[bin] < 0 || kindsOfPeaks[bin] !== decision) continue;
+      const tall = height(peaks[bin]);
+      context.fillRect(layout.left + (bin - 1) * wide, layout.stripBottom - tall, bar, tall);
+    }
   }
   context.strokeStyle = theme.limit;
   context.beginPath();
-  for (const [bin, { threshold }] of bins) {
-    if (threshold < 0) continue;
-    const y = layout.stripBottom - height(threshold);
-    context.moveTo(layout.left + bin * wide, y);
-    context.lineTo(layout.left + (bin + 1) * wide, y);
+  for (let bin = 0; bin < bins; bin++) {
+    if (limits[bin] < 0) continue;
+    const y = layout.stripBottom - height(limits[bin]);
+    context.moveTo(layout.left + (bin - 1) * wide, y);
+    context.lineTo(layout.left + bin * wide, y);
   }
   context.stroke();
 }
