@@ -9,8 +9,8 @@ from .call import Decision
 from .chunks import ChunkConfig
 from .correct import CorrectionConfig
 from .kv.frozen import FrozenConfig
-from .policy import ThresholdPolicy, TriModalConfig
-from .predict import Guards
+from .policy import ThresholdPolicy, TriModalConfig, check_warmup
+from .predict import Guards, check_prediction
 from .signals import HOST_SIGNALS, SIGNALS
 
 
@@ -37,7 +37,7 @@ class HistoryGuidedConfig:
                 f"History-Guided Cache: signal is {self.signal!r}; use auto, mod, block0 or current "
                 "(auto picks by model)."
             )
-        _check_warmup("History-Guided Cache", self.warmup)
+        check_warmup("History-Guided Cache", self.warmup)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,8 @@ class SchedulerConfig:
         known = (*HOST_SIGNALS, *SIGNALS)
         if self.signal not in known:
             raise ValueError(f"Tri-Modal Scheduler: signal is {self.signal!r}; use one of {', '.join(known)}.")
-        if self.order not in (1, 2, "newton2", "auto"):
-            raise ValueError(f"Tri-Modal Scheduler: order is {self.order!r}; use 1, 2, newton2 or auto.")
-        if self.reach is not None and not self.reach > 0:
-            raise ValueError(f"Tri-Modal Scheduler: reach is {self.reach}; use a number above 0, or None for no limit.")
-        _check_warmup("Tri-Modal Scheduler", self.warmup)
+        check_prediction("Tri-Modal Scheduler", self.order, self.reach)
+        check_warmup("Tri-Modal Scheduler", self.warmup)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +117,3 @@ class Acceleration:
     @property
     def warmup(self) -> int:
         return max((config.warmup for config in (self.history_guided, self.scheduler) if config is not None), default=0)
-
-
-def _check_warmup(node: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{node}: warm-up is {value!r}; at least 1 step of every chunk must be computed.")

@@ -27,8 +27,8 @@ class ChunkSteps:
             self._chunks.compute_all(plan, "refresh")
         wanted = [chunk.frames for chunk in plan if chunk.decision is Decision.RECOMPUTE]
         velocity, told = self._forward(call, x, wanted) if wanted else (None, {"flops": 0})
-        if velocity is not None:
-            velocity = velocity.clone() if len(wanted) < len(plan) else velocity
+        if velocity is not None and len(wanted) < len(plan):
+            velocity = velocity.clone()
         for chunk in plan:
             if chunk.decision is Decision.RECOMPUTE:
                 continue
@@ -60,17 +60,13 @@ class ChunkSteps:
                 part = _only(call, frames)
                 step = next(step for step, flag in zip(part.steps, part.active, strict=True) if flag)
                 changes[frames[0]] = table[step - 1]
-        pending = []
-        if self._meter is not None:
-            features = {kind: self.denoiser.feature(kind, call, x) for kind in self._meter.kinds}
-            cost += sum(self.denoiser.feature_flops(kind, call, x.shape[2]) for kind in self._meter.kinds)
-            names: list = list(self._meter.names)
-            if config.signal in names:
-                names[:1] = [frames[0] for frames in chunks]
-            pending.append(self._meter.measure(features, call, chunks if config.signal in self._meter.names else None))
-        values, finite = self._read(pending)
-        if self._meter is not None:
-            changes |= dict(zip(names, values, strict=True))
+        names: list = list(self._meter.names) if self._meter is not None else []
+        by_chunk = config.signal in names
+        if by_chunk:
+            names[:1] = [frames[0] for frames in chunks]
+        values, finite, metered = self._metered(call, x, chunks if by_chunk else None)
+        changes |= dict(zip(names, values, strict=True))
+        cost += metered
         return (changes if finite else dict.fromkeys(changes, math.nan)), cost
 
     def _plan(self, call: Call, x: Tensor) -> tuple[list[float], int]:

@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .call import Call, Decision
-from .policy import TriModalConfig, TriModalPolicy
-from .predict import Guards
+from .call import Call, Decision, Family
+from .policy import TriModalConfig, TriModalPolicy, check_warmup, told_reason
+from .predict import Guards, check_prediction
 from .signals import HOST_SIGNALS
 
 CHUNK_SIGNALS = (*HOST_SIGNALS, "timestep", "current", "latent")
@@ -51,16 +51,11 @@ class ChunkConfig:
 
     def __post_init__(self) -> None:
         node = "Chunk Cache"
-        for name, value, known in (
-            ("signal", self.signal, CHUNK_SIGNALS), ("order", self.order, (1, 2, "newton2", "auto")),
-            ("last", self.last, LAST),
-        ):  # fmt: skip
+        for name, value, known in (("signal", self.signal, CHUNK_SIGNALS), ("last", self.last, LAST)):
             if value not in known:
-                raise ValueError(f"{node}: {name} is {value!r}; use one of {', '.join(map(str, known))}.")
-        if self.reach is not None and not self.reach > 0:
-            raise ValueError(f"{node}: reach is {self.reach}; use a number above 0, or None for no limit.")
-        if self.warmup < 1:
-            raise ValueError(f"{node}: warmup is {self.warmup}; use 1 or more, the first step has nothing to reuse.")
+                raise ValueError(f"{node}: {name} is {value!r}; use one of {', '.join(known)}.")
+        check_prediction(node, self.order, self.reach)
+        check_warmup(node, self.warmup)
         if not self.coefficients or not all(map(math.isfinite, self.coefficients)):
             raise ValueError(f"{node}: coefficients {self.coefficients} must be one or more finite numbers.")
 
@@ -124,7 +119,7 @@ class ChunkPolicies:
             counts: how many true velocities are stored of each latent frame of an interval.
             too_far: whether a prediction for an interval would reach too far ahead.
         """
-        decisions = []
+        decisions, renoised = [], call.family is Family.RENOISE
         for frames in active_chunks(call, self.size):
             policy = self._policies.setdefault(frames[0] // self.size, TriModalPolicy(self.config.thresholds))
             change = self.config.rescaled(changes.get(frames[0], math.nan))
@@ -134,12 +129,13 @@ class ChunkPolicies:
                 told = {"forced": reason, "increment": change}
                 decisions.append(ChunkDecision(frames, Decision.RECOMPUTE, told))
                 continue
-            decision = policy.decide(change, can_cache=True, can_predict=min(counts(frames)) >= 2)
+            can_predict = min(counts(frames)) >= 2 and not renoised
+            decision = policy.decide(change, can_cache=True, can_predict=can_predict)
             if decision is Decision.PREDICT and too_far(frames):
                 policy.force()
                 decision, policy.reason = Decision.RECOMPUTE, "reach"
             told = {"discrepancy": policy.accumulated, "threshold": policy.threshold, "increment": change}
-            told["forced"] = policy.reason if policy.reason != "threshold" else None
+            told["forced"] = told_reason(policy.reason, renoised, self.config.thresholds.tau_cache > 0.0)
             decisions.append(ChunkDecision(frames, decision, told))
         return decisions
 

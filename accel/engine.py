@@ -24,7 +24,7 @@ from .correct import ResidualCorrection, is_scene_cut
 from .denoiser import Denoiser
 from .history import VelocityHistory
 from .kv.frozen import FrozenConfig, FrozenWindow
-from .policy import FixedPolicy, Policy, ThresholdPolicy, TriModalPolicy
+from .policy import FixedPolicy, Policy, ThresholdPolicy, TriModalPolicy, told_reason
 from .predict import Guards, hold, predict
 from .readback import Readback
 from .signals import (
@@ -188,17 +188,21 @@ class Run(ChunkSteps):
             return {}, 0
         measured = {name: level_step(name, self._levels, call) for _, name in self._policies if name in HOST_SIGNALS}
         remember_levels(self._levels, call)
-        cost, pending = 0, []
-        if self._meter is not None:
-            features = {}
-            for kind in self._meter.kinds:
-                features[kind] = self.denoiser.feature(kind, call, x)
-                cost += self.denoiser.feature_flops(kind, call, x.shape[2])
-            pending.append(self._meter.measure(features, call))
-        values, finite = self._read(pending)
+        values, finite, cost = self._metered(call, x)
         if self._meter is not None:
             measured |= dict(zip(self._meter.names, values, strict=True))
         return (measured if finite else dict.fromkeys(measured, float("nan"))), cost
+
+    def _metered(
+        self, call: Call, x: Tensor, parts: Sequence[tuple[int, int]] | None = None
+    ) -> tuple[list[float], bool, int]:
+        """What the meter says (see ``SignalMeter.measure``), whether the forwards known by now were finite, and what
+        the measuring cost."""
+        if self._meter is None:
+            return *self._read([]), 0
+        features = {kind: self.denoiser.feature(kind, call, x) for kind in self._meter.kinds}
+        cost = sum(self.denoiser.feature_flops(kind, call, x.shape[2]) for kind in self._meter.kinds)
+        return *self._read([self._meter.measure(features, call, parts)]), cost
 
     def _read(self, pending: list[Tensor]) -> tuple[list[float], bool]:
         """Values of ``pending``, in one readback (none where it is empty), and whether the forwards known by now were
@@ -261,19 +265,17 @@ class Run(ChunkSteps):
         decision, policy, value = max(answers, key=lambda answer: severity.index(answer[0]))
         told = {"discrepancy": policy.accumulated, "threshold": policy.threshold, "increment": value, "forced": None}
         if decision is Decision.RECOMPUTE:
-            told["forced"] = policy.reason if policy.reason not in (None, "threshold") else None
-            if call.family is Family.RENOISE and (told["forced"] == "no history" or self._only_predicts):
-                told["forced"] = "fresh noise"
+            told["forced"] = told_reason(policy.reason, call.family is Family.RENOISE, self._holds)
             for other in self._policies:
                 if other[0] is not policy:
                     other[0].force()
         return decision, told
 
     @property
-    def _only_predicts(self) -> bool:
-        """Whether the thresholds never hold a velocity, so that where none can be predicted every call is computed."""
+    def _holds(self) -> bool:
+        """Whether the decisions ever hold a velocity."""
         scheduler = self.acceleration.scheduler
-        return self._replay is None and scheduler is not None and scheduler.thresholds.tau_cache == 0.0
+        return self._replay is not None or scheduler is None or scheduler.thresholds.tau_cache > 0.0
 
     def _too_far(self, call: Call, frames: tuple[int, int] | None = None) -> bool:
         """Whether predicting this call would extrapolate some frame of the interval (default: the active ones) beyond

@@ -302,6 +302,24 @@ class IntervalPolicy(Answers):
         return self._planned(self.skip, discrepancy, can_cache, can_predict)
 
 
+def check_warmup(node: str, value: int) -> None:
+    """Raises ValueError, in the name of ``node``, for a warm-up that computes no step."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{node}: warm-up is {value!r}; at least 1 step of every chunk must be computed.")
+
+
+def told_reason(reason: str | None, renoised: bool, holds: bool) -> str | None:
+    """What the timeline is told of a policy's ``reason`` to recompute; None where a threshold was passed.
+
+    Args:
+        reason: as ``Policy.reason``. renoised: the sampler adds fresh noise, so nothing can be predicted. holds:
+            whether the thresholds ever hold a velocity; if not, no threshold is to blame there.
+    """
+    if renoised and (reason == "no history" or (reason is not None and not holds)):
+        return "fresh noise"
+    return None if reason == "threshold" else reason
+
+
 def _level(owner: str, name: str, value: float) -> float:
     if not math.isfinite(value) or value < 0.0:
         raise ValueError(f"{owner}: {name} {value} must be a finite number >= 0; use 0 to turn skipping off.")

@@ -57,6 +57,14 @@ class Guards:
 DEFAULT_GUARDS = Guards()
 
 
+def check_prediction(node: str, order: int | str, reach: float | None) -> None:
+    """Raises ValueError, in the name of ``node``, for an order or a reach that no prediction can have."""
+    if order not in ORDERS[1:]:
+        raise ValueError(f"{node}: order is {order!r}; use {', '.join(map(str, ORDERS[1:-1]))} or {ORDERS[-1]}.")
+    if reach is not None and not reach > 0:
+        raise ValueError(f"{node}: reach is {reach}; use a number above 0, or None for no limit.")
+
+
 def extrapolate(
     sigmas: Tensor | Sequence[float],
     velocities: Tensor | Sequence[Tensor],

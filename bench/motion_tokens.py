@@ -62,13 +62,11 @@ class IndexedKV(FrozenKV):
         self, layer: int, key: Tensor, value: Tensor, index: Tensor, window: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """Keeps ``key`` and ``value`` ``[B, n, ...]`` of tokens ``index`` of the window and returns the window's."""
-        if self._slots[layer] is None:
-            shape = (key.shape[0], self.frames * self.tokens, *key.shape[2:])
-            self._slots[layer] = (key.new_zeros(shape), value.new_zeros(shape))
         first, last = (frame * self.tokens for frame in window)
-        for store, new in zip(self._slots[layer], (key, value), strict=True):
+        kept = self._slot(layer, key, value)
+        for store, new in zip(kept, (key, value), strict=True):
             store[:, first + index] = new
-        return tuple(store[:, first:last] for store in self._slots[layer])
+        return tuple(store[:, first:last] for store in kept)
 
 
 class TokenRun(PeerRun):

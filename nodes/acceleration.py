@@ -24,6 +24,11 @@ GUIDED, SCHEDULED = HistoryGuidedConfig(), SchedulerConfig()
 THRESHOLDS = SCHEDULED.thresholds
 OUTPUT = "The model with this acceleration described; only the AR Segment Sampler reads it."
 MAX_SKIP = "Most calls in a row that may be skipped before one is computed."
+ORDER = (
+    "Of the prediction: a line through the last two velocities (1), the quadratic of SCOPE (2) or of Newton (newton2), "
+    "or whichever the history allows (auto)."
+)
+REACH = "How far ahead a prediction may reach, in distances between the last two computed steps; 0 sets no limit."
 WARMUP = "First steps of every block of latent frames that are always computed."
 
 
@@ -114,16 +119,14 @@ class ARVATriModalScheduler(io.ComfyNode):
                                tooltip="What is measured; the two thresholds are in its units. log-snr and log-signal "
                                "need the noise levels alone and cost nothing."),
                 io.Combo.Input("order", options=list(ORDERS), default=str(SCHEDULED.order), advanced=True,
-                               tooltip="Of the prediction: a line through the last two velocities (1), the quadratic "
-                               "of SCOPE (2) or of Newton (newton2), or whichever the history allows (auto)."),
+                               tooltip=ORDER),
                 io.Float.Input("decay", default=THRESHOLDS.decay, min=0.01, max=1.0, step=0.01, advanced=True,
                                tooltip="What a prediction leaves of the accumulated change; 1 keeps all of it."),
                 io.Int.Input("max_skip", default=THRESHOLDS.max_skip, min=1, max=100, advanced=True,
                              tooltip=MAX_SKIP),
                 io.Int.Input("warmup", default=SCHEDULED.warmup, min=1, max=100, advanced=True, tooltip=WARMUP),
                 io.Float.Input("reach", default=SCHEDULED.reach, min=0.0, max=100.0, step=0.1, round=0.01,
-                               advanced=True, tooltip="How far ahead a prediction may reach, in distances between the "
-                               "last two computed steps; 0 sets no limit."),
+                               advanced=True, tooltip=REACH),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip=OUTPUT)],
         )  # fmt: skip

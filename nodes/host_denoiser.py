@@ -158,10 +158,9 @@ class HostDenoiser:
 
     def flops(self, call: Call, frames: int) -> int:
         rows = 1 if self.shares_time else None
-        keys = self._keys(call, frames)
-        if call.queries is not None:
-            keys = (call.frames[1] - call.frames[0]) * self.tokens
-        return self.batch * self.shape.forward_flops(frames, self.tokens, keys, branches=self.branches, time_rows=rows)
+        return self.batch * self.shape.forward_flops(
+            frames, self.tokens, self._keys(call, frames), branches=self.branches, time_rows=rows
+        )
 
     def feature_flops(self, kind: str, call: Call, frames: int) -> int:
         if kind == "latent":
@@ -174,7 +173,8 @@ class HostDenoiser:
         return self.batch * count
 
     def _keys(self, call: Call, frames: int) -> int | None:
-        return None
+        """Keys that a query reads; None for those of the frames that are forwarded."""
+        return None if call.queries is None else (call.frames[1] - call.frames[0]) * self.tokens
 
     def _levels(self, call: Call, x: Tensor) -> Tensor:
         """What the model is told, ``[T]``, or ``[1]`` where all frames share it."""

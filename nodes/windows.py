@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..accel.chunks import CHUNK_SIGNALS, ChunkConfig
 from ..accel.kv.frozen import FrozenConfig
 from ..accel.policy import TriModalConfig
-from .acceleration import CATEGORY, MAX_SKIP, ORDERS, OUTPUT, WARMUP, describe, inputs_of
+from .acceleration import CATEGORY, MAX_SKIP, ORDER, ORDERS, OUTPUT, REACH, WARMUP, describe, inputs_of
 
 FROZEN = "frozen K/V"
 CHUNKED = ChunkConfig()
@@ -113,14 +113,12 @@ class ARVAChunkCache(io.ComfyNode):
                                 tooltip="Polynomial that rescales a change before it is added, highest power first, as "
                                 "TeaCache and FlowCache publish them; 1, 0 leaves it as it is."),
                 io.Combo.Input("order", options=list(ORDERS), default=str(CHUNKED.order), advanced=True,
-                               tooltip="Of the prediction: a line through the last two velocities (1), the quadratic "
-                               "of SCOPE (2) or of Newton (newton2), or whichever the history allows (auto)."),
+                               tooltip=ORDER),
                 io.Int.Input("max_skip", default=CHUNKED.thresholds.max_skip, min=0, max=100, advanced=True,
                              tooltip=f"{MAX_SKIP} 0 sets no limit, as FlowCache has none."),
                 io.Int.Input("warmup", default=CHUNKED.warmup, min=1, max=100, advanced=True, tooltip=WARMUP),
                 io.Float.Input("reach", default=CHUNKED.reach, min=0.0, max=100.0, step=0.1, round=0.01, advanced=True,
-                               tooltip="How far ahead a prediction may reach, in distances between the last two "
-                               "computed steps; 0 sets no limit."),
+                               tooltip=REACH),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip=OUTPUT)],
         )  # fmt: skip

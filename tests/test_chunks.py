@@ -16,7 +16,7 @@ from accel.chunks import ChunkConfig, ChunkPolicies, active_chunks
 from accel.engine import Acceleration, HistoryGuidedConfig, Run, SchedulerConfig
 from accel.kv.frozen import FrozenConfig
 from accel.policy import TriModalConfig
-from accel.sampling import SegmentPlan, diffusion_forcing
+from accel.sampling import SegmentPlan, causal_blocks, diffusion_forcing
 from accel.schedule import flow_sigmas, skyreels_sigmas, step_matrix, timesteps
 from accel.signals import SignalMeter, relative_l1
 from accel.timeline import Timeline
@@ -237,7 +237,7 @@ def test_two_deciders_are_refused(parts):
 @pytest.mark.parametrize(
     ("options", "names"),
     [({"signal": "input"}, "signal"), ({"order": 5}, "order"), ({"last": "all"}, "last"), ({"reach": 0.0}, "reach"),
-     ({"warmup": 0}, "warmup"), ({"coefficients": ()}, "coefficients"), ({"coefficients": (math.nan,)}, "coef")],
+     ({"warmup": 0}, "warm-up"), ({"coefficients": ()}, "coefficients"), ({"coefficients": (math.nan,)}, "coef")],
 )  # fmt: skip
 def test_bad_settings_are_refused_in_a_sentence(options, names):
     with pytest.raises(ValueError, match=rf"^Chunk Cache: .*{names}"):
@@ -249,3 +249,14 @@ def test_the_polynomial_is_horners(coefficients, change):
     power = len(coefficients) - 1
     expected = sum(c * change ** (power - n) for n, c in enumerate(coefficients))
     assert ChunkConfig(coefficients=tuple(coefficients)).rescaled(change) == pytest.approx(expected, abs=1e-9)
+
+
+def test_with_fresh_noise_no_chunk_is_predicted_and_no_threshold_is_blamed():
+    table = [1.0, 0.9, 0.8, 0.6, 0.0]
+    run = make_run(chunked(0.0, 1e9))
+    list(causal_blocks(run, NOISE.float(), 2, table, renoise_seed=5))
+    assert run.timeline.totals()["calls"]["predict"] == run.timeline.totals()["calls"]["cache"] == 0
+    assert "use fewer steps, or Euler" in run.timeline.summary() and "threshold" not in run.timeline.summary()
+    held = make_run(chunked(1e9, 1e9))
+    list(causal_blocks(held, NOISE.float(), 2, table, renoise_seed=5))
+    assert held.timeline.totals()["calls"]["cache"] > 0 == held.timeline.totals()["calls"]["predict"]

@@ -171,14 +171,18 @@ class FrozenKV:
         self, layer: int, key: Tensor, value: Tensor, queries: Interval, window: Interval
     ) -> tuple[Tensor, Tensor]:
         """Keeps ``key`` and ``value`` ``[B, tokens, ...]`` of ``queries`` and returns those of ``window``, as views."""
-        if self._slots[layer] is None:
-            shape = (key.shape[0], self.frames * self.tokens, *key.shape[2:])
-            self._slots[layer] = (key.new_zeros(shape), value.new_zeros(shape))
-        kept = self._slots[layer]
+        kept = self._slot(layer, key, value)
         first, last = queries[0] * self.tokens, queries[1] * self.tokens
         for store, new in zip(kept, (key, value), strict=True):
             store[:, first:last] = new
         return tuple(store[:, window[0] * self.tokens : window[1] * self.tokens] for store in kept)
+
+    def _slot(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, made for tensors like these at first."""
+        if self._slots[layer] is None:
+            shape = (key.shape[0], self.frames * self.tokens, *key.shape[2:])
+            self._slots[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+        return self._slots[layer]
 
 
 class FrozenView:
