@@ -1,0 +1,136 @@
+"""Where the keys and values of one layer lie: as the model makes them, or as 8-bit integers.
+
+A place is a token index ``[start, end)`` of a fixed allocation. Reading gives the first tokens up to a number, because
+a store fills from the start; 8-bit ones are widened into a scratch that all layers share.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+LEVELS = 127  # of a signed byte
+
+
+class Slots(Protocol):
+    """A fixed allocation of keys and values ``[B, tokens, heads, head_dim]``."""
+
+    nbytes: int
+
+    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        """Puts ``[B, n, heads, head_dim]`` at the places ``[start, start + n)``."""
+        ...
+
+    def read(self, end: int) -> tuple[Tensor, Tensor]:
+        """The first ``end`` keys and values, to be used before the next read of any layer."""
+        ...
+
+    def part(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of ``[start, end)``."""
+        ...
+
+    def write_time(self, start: int, time: Tensor) -> None:
+        """Replaces the leading channels ``[B, n, heads, channels]`` of the keys from ``start`` on by turned ones."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by name, as it is."""
+        ...
+
+
+class PlainSlots:
+    """Keys and values in the dtype the model makes them in; reading gives views.
+
+    Args:
+        like: a tensor ``[B, n, heads, head_dim]`` for batch, heads, width, dtype and device. tokens: places.
+    """
+
+    def __init__(self, like: Tensor, tokens: int) -> None:
+        shape = (like.shape[0], tokens, *like.shape[2:])
+        self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.nbytes = self.keys.nbytes + self.values.nbytes
+
+    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        self.keys[:, start : start + keys.shape[1]] = keys
+        self.values[:, start : start + keys.shape[1]] = values
+
+    def read(self, end: int) -> tuple[Tensor, Tensor]:
+        return self.keys[:, :end], self.values[:, :end]
+
+    def part(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        return self.keys[:, start:end], self.values[:, start:end]
+
+    def write_time(self, start: int, time: Tensor) -> None:
+        self.keys[:, start : start + time.shape[1], :, : time.shape[3]] = time
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"keys": self.keys, "values": self.values}
+
+
+class Scratch:
+    """One buffer for the widened keys and values of whichever layer is being read."""
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._buffer is None else self._buffer.nbytes
+
+    def pair(self, like: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Two tensors ``[B, tokens, heads, head_dim]``; they are overwritten by the next layer's."""
+        shape = (2, like.shape[0], tokens, *like.shape[2:])
+        if self._buffer is None or self._buffer.shape != shape:
+            self._buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
+        return self._buffer[0], self._buffer[1]
+
+
+class ByteSlots:
+    """Keys and values as signed bytes with one float16 scale a token and head.
+
+    A key's scale comes from the lengths of its channel pairs, which no rotation changes, so turned time channels keep
+    it. Reading widens into ``scratch``.
+    """
+
+    def __init__(self, like: Tensor, tokens: int, scratch: Scratch) -> None:
+        shape = (like.shape[0], tokens, *like.shape[2:])
+        self._like, self._tokens, self._scratch = like[:, :0], tokens, scratch
+        self._bytes = torch.zeros((2, *shape), dtype=torch.int8, device=like.device)
+        self._scales = torch.zeros((2, *shape[:-1], 1), dtype=torch.float16, device=like.device)
+        self.nbytes = self._bytes.nbytes + self._scales.nbytes
+
+    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        places = slice(start, start + keys.shape[1])
+        for index, (given, length) in enumerate(((keys, _pair_length(keys)), (values, values.float().abs()))):
+            scale = (length.amax(-1, keepdim=True) / LEVELS).half()
+            self._scales[index, :, places] = scale
+            self._bytes[index, :, places] = _rounded(given, scale)
+
+    def read(self, end: int) -> tuple[Tensor, Tensor]:
+        keys, values = (buffer[:, :end] for buffer in self._scratch.pair(self._like, self._tokens))
+        for index, target in enumerate((keys, values)):
+            target.copy_(self._bytes[index, :, :end])
+            target.mul_(self._scales[index, :, :end])
+        return keys, values
+
+    def part(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        wide = (self._bytes[:, :, start:end] * self._scales[:, :, start:end].float()).to(self._like.dtype)
+        return wide[0], wide[1]
+
+    def write_time(self, start: int, time: Tensor) -> None:
+        places = slice(start, start + time.shape[1])
+        self._bytes[0, :, places, :, : time.shape[3]] = _rounded(time, self._scales[0, :, places])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"bytes": self._bytes, "scales": self._scales}
+
+
+def _pair_length(keys: Tensor) -> Tensor:
+    return keys.float().unflatten(-1, (-1, 2)).norm(dim=-1)
+
+
+def _rounded(x: Tensor, scale: Tensor) -> Tensor:
+    steps = (x.float() / scale.float().clamp_min(1e-12)).round()
+    return steps.clamp(-LEVELS, LEVELS).to(torch.int8)
