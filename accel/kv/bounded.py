@@ -12,7 +12,7 @@ distance between two such turns, so a latent frame lives through one at most.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -54,6 +54,7 @@ class BoundedStore:
         self._block: tuple[int, int] | None = None
         self._unopened: set[int] = set()
         self._rings: list[Ring | None] = [None] * layers
+        self._saved: dict[int, tuple[Mapping[str, Tensor], Mapping[str, int]]] = {}
         self._rotary, self._attention, self._middle, self._make = rotary, attention, middle, make
 
     @property
@@ -104,15 +105,14 @@ class BoundedStore:
             ``[B, n, heads, head_dim]``.
         """
         first, frames = self._block
-        ring = self._rings[layer]
-        if ring is None:
-            ring = self._rings[layer] = Ring(self.layout, keys, self._make, self._rotary, self._middle)
+        ring = self._ring(layer, keys)
         fresh = layer in self._unopened
         if fresh:
             self._unopened.discard(layer)
             ring.open(layer, first, frames, self._base, queries)
         ring.write(first, keys, values)
         stored_keys, stored_values, bias = ring.read(first + frames)
+        self._fetch(layer + 1, first + frames)
         return self._attention(layer, queries, stored_keys, stored_values, bias, self._always(first, frames), fresh)
 
     def commit(self) -> None:
@@ -130,14 +130,31 @@ class BoundedStore:
         told = {"frames": self.frames, "base": self._base, "rings": numbers}
         return named | {"numbers": torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)}
 
-    def load(self, state: dict[str, Tensor], like: Tensor) -> None:
-        """Puts back what ``state`` gave; ``like`` as in ``Ring``."""
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over, before the first forward, what ``state`` of a store with the same layout gave; host tensors will
+        do: each layer takes its own at its first forward."""
         told = json.loads(bytes(state["numbers"].cpu().tolist()))
         self.frames, self._base = int(told["frames"]), int(told["base"])
-        for key, numbers in told["rings"].items():
-            ring = Ring(self.layout, like, self._make, self._rotary, self._middle)
-            ring.load({name: state[f"{key}.{name}"] for name in ring.tensors()}, numbers)
-            self._rings[int(key)] = ring
+        self._saved = {
+            int(layer): (
+                {key.split(".", 1)[1]: value for key, value in state.items() if key.startswith(f"{layer}.")},
+                numbers,
+            )
+            for layer, numbers in told["rings"].items()
+        }
+
+    def _ring(self, layer: int, like: Tensor) -> Ring:
+        """The layer's, made at its first forward."""
+        if self._rings[layer] is None:
+            ring = self._rings[layer] = Ring(self.layout, like, self._make, self._rotary, self._middle)
+            if layer in self._saved:
+                ring.load(*self._saved.pop(layer))
+        return self._rings[layer]
+
+    def _fetch(self, layer: int, frames: int) -> None:
+        """Sends for what the next layer keeps in main memory, unless it is going to change before it is read."""
+        if layer < len(self._rings) and self._rings[layer] is not None and layer not in self._unopened:
+            self._rings[layer].fetch(frames)
 
     def _present(self) -> list[tuple[int, Ring]]:
         return [(index, ring) for index, ring in enumerate(self._rings) if ring is not None]

@@ -11,7 +11,7 @@ frames older than the newest; frames of the ring are within it anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -148,6 +148,10 @@ class Ring:
         keys, values = self.slots.read(end)
         return keys, values, self._bias[:end] if self._weighted else None
 
+    def fetch(self, frames: int) -> None:
+        """A read of a video of ``frames`` so far is about to come, after one of another layer."""
+        self.slots.fetch(self.filled(frames))
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything kept, by name, as it is."""
         named = {"plain": self._plain, "frames": self._frames, "bias": self._bias, "counts": self._counts}
@@ -156,7 +160,7 @@ class Ring:
     def numbers(self) -> dict[str, int]:
         return {"kept": self.kept, "weighted": int(self._weighted), "base": self._stands[0], "edge": self._stands[1]}
 
-    def load(self, tensors: dict[str, Tensor], numbers: dict[str, int]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
         """Puts back what ``tensors`` and ``numbers`` gave."""
         for key, value in self.tensors().items():
             value.copy_(tensors[key])

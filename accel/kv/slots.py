@@ -1,7 +1,7 @@
-"""Where the keys and values of one layer lie: as the model makes them, or as 8-bit integers.
+"""Where the keys and values of one layer lie: as the model makes them, as 8-bit integers, or partly in main memory.
 
 A place is a token index ``[start, end)`` of a fixed allocation. Reading gives the first tokens up to a number, because
-a store fills from the start; 8-bit ones are widened into a scratch that all layers share.
+a store fills from the start; what is not there as it is gets widened, or fetched, into a scratch that layers share.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ class Slots(Protocol):
         """Replaces the leading channels ``[B, n, heads, channels]`` of the keys from ``start`` on by turned ones."""
         ...
 
+    def fetch(self, end: int) -> None:
+        """A read of the first ``end`` is about to come, after one of another layer."""
+        ...
+
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, by name, as it is."""
         ...
@@ -64,6 +68,9 @@ class PlainSlots:
 
     def write_time(self, start: int, time: Tensor) -> None:
         self.keys[:, start : start + time.shape[1], :, : time.shape[3]] = time
+
+    def fetch(self, end: int) -> None:
+        """Nothing to do: all is there."""
 
     def tensors(self) -> dict[str, Tensor]:
         return {"keys": self.keys, "values": self.values}
@@ -123,8 +130,104 @@ class ByteSlots:
         places = slice(start, start + time.shape[1])
         self._bytes[0, :, places, :, : time.shape[3]] = _rounded(time, self._scales[0, :, places])
 
+    def fetch(self, end: int) -> None:
+        """Nothing to do: bytes are widened when they are read."""
+
     def tensors(self) -> dict[str, Tensor]:
         return {"bytes": self._bytes, "scales": self._scales}
+
+
+class Fetching:
+    """Two scratches in turn, so that one layer's middle travels while another layer attends."""
+
+    def __init__(self) -> None:
+        self._scratches, self._turn, self._stream = (Scratch(), Scratch()), 0, None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(scratch.nbytes for scratch in self._scratches)
+
+    def start(self, source: tuple[Tensor, Tensor], like: Tensor, front: int, places: int) -> tuple:
+        """Copies pinned ``source`` behind ``front`` places of the next scratch; returns what ``finish`` wants."""
+        self._turn = 1 - self._turn
+        pair = self._scratches[self._turn].pair(like, places)
+        if like.device.type != "cuda":
+            self._copy(pair, source, front)
+            return pair, None
+        self._stream = self._stream or torch.cuda.Stream(like.device)
+        self._stream.wait_stream(torch.cuda.current_stream(like.device))
+        with torch.cuda.stream(self._stream):
+            self._copy(pair, source, front)
+            return pair, self._stream.record_event()
+
+    @staticmethod
+    def finish(travelling: tuple) -> tuple[Tensor, Tensor]:
+        """The scratch, once everything has arrived."""
+        pair, arrived = travelling
+        if arrived is not None:
+            torch.cuda.current_stream(pair[0].device).wait_event(arrived)
+        return pair
+
+    @staticmethod
+    def _copy(pair: tuple[Tensor, Tensor], source: tuple[Tensor, Tensor], front: int) -> None:
+        for target, given in zip(pair, source, strict=True):
+            target[:, front : front + given.shape[1]].copy_(given, non_blocking=True)
+
+
+class SplitSlots:
+    """The first places on the device, the others in main memory (pinned where the device is a GPU).
+
+    Args:
+        like, tokens: as in ``PlainSlots``. front: places on the device. fetching: shared by all layers.
+    """
+
+    def __init__(self, like: Tensor, tokens: int, front: int, fetching: Fetching) -> None:
+        self._front, self._count, self._places, self._fetching = PlainSlots(like, front), front, tokens, fetching
+        shape, pinned = (like.shape[0], tokens - front, *like.shape[2:]), like.device.type == "cuda"
+        self._back = tuple(torch.zeros(shape, dtype=like.dtype, pin_memory=pinned) for _ in range(2))
+        self._like, self._travelling = like[:, :0], None
+        self.nbytes = self._front.nbytes
+        self.host_bytes = sum(side.nbytes for side in self._back)
+
+    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        if start < self._count:
+            self._front.write(start, keys, values)
+            return
+        start, self._travelling = start - self._count, None
+        for side, given in zip(self._back, (keys, values), strict=True):
+            side[:, start : start + given.shape[1]] = given.to(side.device)
+
+    def read(self, end: int) -> tuple[Tensor, Tensor]:
+        if end <= self._count:
+            return self._front.read(end)
+        if self._travelling is None:
+            self.fetch(end)
+        pair, self._travelling = self._fetching.finish(self._travelling), None
+        for target, given in zip(pair, self._front.read(self._count), strict=True):
+            target[:, : self._count] = given
+        return pair[0][:, :end], pair[1][:, :end]
+
+    def part(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        if end <= self._count:
+            return self._front.part(start, end)
+        places = slice(start - self._count, end - self._count)
+        return tuple(side[:, places].to(self._like.device) for side in self._back)
+
+    def write_time(self, start: int, time: Tensor) -> None:
+        if start < self._count:
+            self._front.write_time(start, time)
+            return
+        start, self._travelling = start - self._count, None
+        self._back[0][:, start : start + time.shape[1], :, : time.shape[3]] = time.to(self._back[0].device)
+
+    def fetch(self, end: int) -> None:
+        if end > self._count:
+            source = tuple(side[:, : end - self._count] for side in self._back)
+            self._travelling = self._fetching.start(source, self._like, self._count, self._places)
+
+    def tensors(self) -> dict[str, Tensor]:
+        back = {"back keys": self._back[0], "back values": self._back[1]}
+        return self._front.tensors() | back
 
 
 def _pair_length(keys: Tensor) -> Tensor:

@@ -1,0 +1,104 @@
+"""The K/V of one run: a bounded store for every CFG branch, made from a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .bounded import Attention, BoundedStore
+from .budget import KVBudgetConfig, StoreShape, plan
+from .slots import ByteSlots, Fetching, PlainSlots, Scratch, Slots, SplitSlots
+from .tokens import Middle
+
+
+class KVMemory:
+    """Stores of all branches, which advance together. Its size is known before anything is allocated.
+
+    Args:
+        config: the budget. shape: of one branch. branches: CFG branches. block: latent frames denoised together.
+        attention: makes what attends, one a branch. middle: makes the rule for what lies between sink and recent
+            frames, one a branch; None where nothing does.
+
+    Attributes:
+        layout: room of each layer. planned_bytes: of all branches on the device.
+
+    Raises:
+        ValueError: as ``budget.plan``.
+    """
+
+    def __init__(
+        self, config: KVBudgetConfig, shape: StoreShape, branches: int, block: int, attention: Callable[[], Attention],
+        middle: Callable[[], Middle] | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.shape, self.layout = config, shape, plan(config, shape, branches, block)
+        self.planned_bytes = branches * shape.bytes(self.layout, config)
+        self._scratch = Fetching() if config.offload else Scratch()
+        self.stores = [
+            BoundedStore(
+                shape.layers, self.layout, shape.rotary, attention(), middle() if middle else None, self._make
+            )
+            for _ in range(branches)
+        ]  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated on the device now."""
+        return sum(store.nbytes for store in self.stores) + self._scratch.nbytes
+
+    @property
+    def keys(self) -> float:
+        """Tokens that a query reads, the mean over layers and branches."""
+        return sum(store.keys for store in self.stores) / len(self.stores)
+
+    def begin(self, first: int, frames: int) -> int:
+        """As ``BoundedStore.begin``, for all branches."""
+        return [store.begin(first, frames) for store in self.stores][0]
+
+    def attend(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, branches: Sequence[int] | None = None
+    ) -> Tensor:
+        """As ``BoundedStore.attend``; the batch ``[branches * B, n, heads, head_dim]`` holds one branch after another.
+
+        Args:
+            branches: which ones, in the batch's order; None for all.
+        """
+        stores = self.stores if branches is None else [self.stores[branch] for branch in branches]
+        if len(stores) == 1:
+            return stores[0].attend(layer, queries, keys, values)
+        parts = zip(stores, *(side.chunk(len(stores)) for side in (queries, keys, values)), strict=True)
+        return torch.cat([store.attend(layer, *sides) for store, *sides in parts])
+
+    def commit(self) -> None:
+        """As ``BoundedStore.commit``, for all branches."""
+        for store in self.stores:
+            store.commit()
+
+    def note(self) -> str:
+        """What is kept, for the report."""
+        layout, tokens = self.layout, self.layout.tokens
+        between = f", {layout.middle / tokens:.3g} frames' worth between ({self.config.keep})" if layout.middle else ""
+        return (
+            f"{layout.sink} first and {layout.ring} latest latent frames{between}, "
+            f"{self.planned_bytes / 1e9:.3g} GB in {self.config.storage} storage"
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, between two blocks."""
+        stores = enumerate(self.stores)
+        return {f"{branch}/{key}": value for branch, store in stores for key, value in store.state().items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over, before the first forward, what ``state`` of another run with the same budget gave."""
+        for branch, store in enumerate(self.stores):
+            store.load({
+                key.split("/", 1)[1]: value for key, value in state.items() if key.startswith(f"{branch}/")
+            })  # fmt: skip
+
+    def _make(self, like: Tensor, tokens: int) -> Slots:
+        if self.config.offload:
+            return SplitSlots(like, tokens, self.layout.whole_frames * self.layout.tokens, self._scratch)
+        if self.config.storage == "8-bit":
+            return ByteSlots(like, tokens, self._scratch)
+        return PlainSlots(like, tokens)
