@@ -1,0 +1,142 @@
+"""Attention over listed key tiles: equal to dense attention that is told to leave the other keys out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accel.attention import block_sparse
+from accel.attention.block_sparse import attend_tiles, supports
+from accel.attention.dense import attend
+
+
+def tensors(queries, keys, heads=2, width=8, batch=1, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, n, heads, width, generator=generator, dtype=dtype) for n in (queries, keys, keys)]
+
+
+def lists(shape, count, kept, seed=0):
+    """Random lists of ``kept`` of ``count`` key tiles, for every place of ``shape``."""
+    scores = torch.rand(*shape, count, generator=torch.Generator().manual_seed(seed))
+    return scores.argsort(-1)[..., :kept]
+
+
+def seen(tiles, tile, queries, keys, order=None):
+    """Which keys each query reads, bool ``[B or 1, heads or 1, queries, keys]``, from the definition."""
+    tiles = tiles if tiles.ndim == 4 else tiles[None]
+    place = torch.arange(keys).expand(*tiles.shape[:2], keys)
+    if order is not None:
+        place = order.argsort(-1)
+    query_tile = torch.arange(queries) // tile
+    listed = torch.zeros(*tiles.shape[:3], -(-keys // tile), dtype=torch.bool).scatter_(3, tiles, True)
+    index = (place // tile)[:, :, None].expand(-1, -1, queries, -1)
+    return listed[:, :, query_tile].expand(*index.shape[:2], -1, -1).gather(3, index)
+
+
+def masked(q, k, v, allowed, bias=None):
+    """Dense attention in float64 over the allowed keys."""
+    logits = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * q.shape[-1] ** -0.5
+    if bias is not None:
+        logits = logits + bias.double().reshape(1, -1, 1, k.shape[1])
+    logits = logits.masked_fill(~allowed, float("-inf"))
+    return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v.double())
+
+
+@given(
+    queries=st.integers(1, 20),
+    keys=st.integers(1, 40),
+    tile=st.sampled_from([1, 4, 7, 8]),
+    heads=st.sampled_from([1, 3]),
+    batch=st.sampled_from([1, 2]),
+    shared=st.booleans(),
+    biased=st.sampled_from(["none", "keys", "heads"]),
+    seed=st.integers(0, 999),
+    data=st.data(),
+)
+@settings(max_examples=80, deadline=None)
+def test_listed_tiles_equal_dense_attention_with_that_mask(
+    queries, keys, tile, heads, batch, shared, biased, seed, data
+):
+    q, k, v = tensors(queries, keys, heads, batch=batch, seed=seed)
+    count = -(-keys // tile)
+    shape = (1 if shared else heads, -(-queries // tile))
+    tiles = lists(shape, count, data.draw(st.integers(1, count)), seed)
+    bias = {"none": None, "keys": torch.randn(keys), "heads": torch.randn(heads, keys)}[biased]
+    out = attend_tiles(q, k, v, tiles, tile, bias)
+    assert torch.allclose(out, masked(q, k, v, seen(tiles, tile, queries, keys), bias), atol=1e-12)
+
+
+@given(shared=st.booleans(), batched=st.booleans(), biased=st.booleans(), seed=st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_an_order_says_which_keys_a_tile_holds(shared, batched, biased, seed):
+    q, k, v = tensors(11, 29, heads=2, batch=2, seed=seed)
+    shape = (2 if batched else 1, 1 if shared else 2)
+    tiles, order = lists((*shape, 3), 8, 3, seed), lists(shape, 29, 29, seed)
+    bias = torch.randn(2, 29) if biased else None
+    out = attend_tiles(q, k, v, tiles, 4, bias, order)
+    assert torch.allclose(out, masked(q, k, v, seen(tiles, 4, 11, 29, order), bias), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_with_all_tiles_listed_it_is_dense_attention(dtype, tolerance):
+    q, k, v = tensors(100, 200, width=16, dtype=dtype)
+    tiles, bias = lists((2, 2), 4, 4), torch.randn(2, 200)
+    out, wanted = attend_tiles(q, k, v, tiles, 64, bias), attend(q.double(), k.double(), v.double(), bias)
+    assert out.dtype == dtype and float((out.double() - wanted).norm() / wanted.norm()) < tolerance
+
+
+def test_scratch_is_bounded_and_changes_nothing(monkeypatch):
+    q, k, v = tensors(33, 64)
+    tiles = lists((2, 5), 8, 3)
+    whole = attend_tiles(q, k, v, tiles, 8)
+    sizes = []
+    picked = block_sparse._picked
+    monkeypatch.setattr(block_sparse, "_picked", lambda *given: sizes.append(picked(*given)) or sizes[-1])
+    for rows in (1, 2):
+        one = 2 * 2 * 3 * 8 * 8 * 8
+        monkeypatch.setattr(block_sparse, "SCRATCH", rows * one)
+        sizes.clear()
+        assert torch.allclose(attend_tiles(q, k, v, tiles, 8), whole, atol=1e-14)
+        assert max(2 * size.nbytes for size in sizes) == rows * one
+
+
+def test_either_memory_layout_is_read_through_a_view():
+    tokens_first = torch.randn(6, 3, 4)
+    heads_first = torch.randn(3, 6, 4).transpose(0, 1)
+    for x in (tokens_first, heads_first, torch.randn(9, 3, 4)[:6]):
+        table, token_step, head_step = block_sparse._table(x)
+        assert table.data_ptr() == x.data_ptr()
+        index = torch.tensor([[[4, 0]]])
+        rows = block_sparse._picked(table, token_step, head_step, index, 3)
+        assert torch.equal(rows[0], x[[4, 0]].transpose(0, 1))
+
+
+def test_what_cannot_be_served_is_refused_in_a_sentence():
+    q, k, v = tensors(10, 20)
+    with pytest.raises(ValueError, match=r"10 queries in tiles of 4 need \[2 or 1, 3, kept\]"):
+        attend_tiles(q, k, v, lists((2, 2), 5, 1), 4)
+    with pytest.raises(ValueError, match=r"order has shape \(1, 1, 19\); use"):
+        attend_tiles(q, k, v, lists((2, 3), 5, 1), 4, order=torch.arange(19)[None, None])
+    with pytest.raises(ValueError, match="backend is 'dense'; use one of auto, gather, flex"):
+        attend_tiles(q, k, v, lists((2, 3), 5, 1), 4, backend="dense")
+
+
+def test_where_flex_attention_is_not_taken_the_reason_is_told():
+    ok, reason = supports("cpu", torch.float32)
+    assert not ok and "13 s" in reason
+    ok, reason = supports("mps", torch.float16)
+    assert not ok and "mps" in reason
+
+
+@pytest.mark.long
+def test_flex_attention_equals_the_gather_form():
+    for bias in (None, torch.randn(2, 200)):
+        for keys in (200, 256):
+            q, k, v = tensors(100, keys, width=16, batch=2, dtype=torch.float32)
+            tiles, order = lists((2, 2, 2), keys // 64, 2), lists((2, 2), keys, keys)
+            some = None if bias is None else bias.repeat(1, 2)[:, :keys]
+            for where in (None, order):
+                gathered = attend_tiles(q, k, v, tiles, 64, some, where, "gather")
+                assert torch.allclose(attend_tiles(q, k, v, tiles, 64, some, where, "flex"), gathered, atol=1e-5)
