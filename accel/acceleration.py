@@ -8,6 +8,7 @@ from .auto import AutoConfig
 from .call import Decision
 from .chunks import ChunkConfig
 from .correct import CorrectionConfig
+from .kv.budget import KVBudgetConfig
 from .kv.frozen import FrozenConfig
 from .policy import ThresholdPolicy, TriModalConfig, check_warmup
 from .predict import Guards, check_prediction
@@ -91,6 +92,7 @@ class Acceleration:
         shared_prefix: Shared Prefix Cache (Ca2-VDM): the history of a segment is forwarded once and answers with kept
             K/V from then on.
         chunks: Chunk Cache: decisions chunk by chunk, in place of ``history_guided`` and ``scheduler``.
+        kv_budget: KV Cache Budget: how much K/V a causal model keeps.
         replay: decisions to take instead of any policy, one list for the whole run.
         compute_last: whether the last call of a segment is always computed.
     """
@@ -102,6 +104,7 @@ class Acceleration:
     frozen_window: FrozenConfig | None = None
     shared_prefix: FrozenConfig | None = None
     chunks: ChunkConfig | None = None
+    kv_budget: KVBudgetConfig | None = None
     replay: tuple[Decision, ...] | None = None
     compute_last: bool = True
 

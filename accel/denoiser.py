@@ -35,6 +35,10 @@ class Denoiser(Protocol):
         another, or to the whole window where ``call.queries`` says that the rest of it is kept."""
         ...
 
+    def full_flops(self, call: Call, frames: int) -> int:
+        """``flops`` of the same forward where nothing of the K/V is dropped or left unread."""
+        ...
+
     def feature_flops(self, kind: str, call: Call, frames: int) -> int:
         """Cost of ``feature``."""
         ...
@@ -46,5 +50,5 @@ class Denoiser(Protocol):
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the kept K/V; 0 where none are."""
+        """Bytes of the K/V that are kept where a configuration says so; 0 where none does."""
         ...

@@ -385,9 +385,9 @@ class Run(ChunkSteps):
     def _note_full(self, call: Call) -> None:
         """Adds what an unaccelerated run computes at this call, and the state it would not have."""
         width = self._frames if call.kind is Kind.DENOISE else call.frames[1] - call.frames[0]
-        self.timeline.flops_full += self.denoiser.flops(call, width)
+        self.timeline.flops_full += self.denoiser.full_flops(call, width)
         self.timeline.state_bytes = max(self.timeline.state_bytes or 0, self.state_bytes)
-        if self._frozen is not None:
+        if self._frozen is not None or self.acceleration.kv_budget is not None:
             self.timeline.kv_bytes = max(self.timeline.kv_bytes or 0, self.denoiser.kept_bytes)
 
 

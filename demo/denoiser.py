@@ -7,7 +7,10 @@ from torch import Tensor
 
 from accel.call import Call, Kind
 from accel.flops import WanShape
+from accel.kv.budget import KVBudgetConfig, StoreShape
 from accel.kv.frozen import FrozenKV, FrozenView
+from accel.kv.memory import KVMemory, make_memory
+from accel.kv.rotary import TimeRotary
 from accel.kv.store import KVStore
 
 from .model import PATCH, TinyWan, block_causal_mask
@@ -24,23 +27,25 @@ class TinyDenoiser:
         rollout: latent frames of the whole video, for the K/V store of a causal model.
         chunk: latent frames of a chunk, to look at earlier chunks only (block-causal attention, the same in every
             call); 0 sees the whole window.
+        budget: how much K/V a causal model keeps; None keeps all.
 
     Attributes:
         shape: the transformer's shape, from which FLOPs are counted.
     """
 
     def __init__(
-        self, model: TinyWan, context: Tensor, guidance: float = 2.0, rollout: int = 0, chunk: int = 0
-    ) -> None:
+        self, model: TinyWan, context: Tensor, guidance: float = 2.0, rollout: int = 0, chunk: int = 0,
+        budget: KVBudgetConfig | None = None,
+    ) -> None:  # fmt: skip
         config = model.config
         self.model, self.guidance = model, guidance
         self.branches = 1 if guidance == 1.0 else 2
         self.shares_time = config.kind == "tiny-next-clip"
         self.recomputes_history = not config.causal_ar
         self.context = context if self.branches == 1 else torch.cat((context, torch.zeros_like(context)))
-        self._rollout, self._chunk = rollout, chunk
+        self._rollout, self._chunk, self._budget = rollout, chunk, budget
         self._kept: FrozenKV | None = None
-        self._store: KVStore | None = None
+        self._store: KVStore | KVMemory | None = None
         self.shape = WanShape(
             config.dim, config.ffn_dim, config.num_layers, config.num_heads, TOKENS, in_channels=config.in_dim,
             out_channels=config.in_dim, freq_dim=config.freq_dim, text_dim=TEXT_DIM,
@@ -51,10 +56,12 @@ class TinyDenoiser:
         *given, store = self.inputs(call, x)
         out = self.model(*given, self._mask(call, x), store)
         if self.model.config.causal_ar and call.kind is not Kind.DENOISE:
-            store.commit(x.shape[2] * _tokens(x))
+            store.commit(*([] if self._budget else [x.shape[2] * _tokens(x)]))
         return self.guided(out)
 
-    def inputs(self, call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, KVStore | FrozenView | None]:
+    def inputs(
+        self, call: Call, x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, KVStore | KVMemory | FrozenView | None]:
         """What the model is given for a call, branches as one batch (conditional first): latents, noise levels,
         prompt, time positions and the K/V store (None for a model without one)."""
         first, last = call.queries or call.frames
@@ -63,8 +70,8 @@ class TinyDenoiser:
         if call.queries is not None:
             store = self._kept.view(call.queries, call.frames)
         elif self.model.config.causal_ar:
-            positions = positions + call.offset
             store = self._open(call, x)
+            positions = positions + (store.begin(call.offset, last - first) if self._budget else call.offset)
         told = self._told(call, x)[:, asked]
         return self._twice(x[:, :, asked]), self._twice(told), self.context, positions, store
 
@@ -91,9 +98,14 @@ class TinyDenoiser:
 
     def flops(self, call: Call, frames: int) -> int:
         tokens = self._tokens_per_frame
+        if call.queries is None and self._budget is None:
+            return self.full_flops(call, frames)
+        keys = (call.frames[1] - call.frames[0]) * tokens if call.queries is not None else round(self._store.keys)
+        return self._batch * self.shape.forward_flops(frames, tokens, keys, branches=self.branches)
+
+    def full_flops(self, call: Call, frames: int) -> int:
+        tokens = self._tokens_per_frame
         keys = (call.offset + frames) * tokens if self.model.config.causal_ar else None
-        if call.queries is not None:
-            keys = (call.frames[1] - call.frames[0]) * tokens
         return self._batch * self.shape.forward_flops(frames, tokens, keys, branches=self.branches)
 
     def size(self, frames: int) -> tuple[int, int]:
@@ -108,7 +120,8 @@ class TinyDenoiser:
 
     @property
     def kept_bytes(self) -> int:
-        return 0 if self._kept is None else self._kept.nbytes
+        kept = self._store if self._budget else self._kept
+        return 0 if kept is None else kept.nbytes
 
     def feature_flops(self, kind: str, call: Call, frames: int) -> int:
         if kind == "latent":
@@ -142,7 +155,15 @@ class TinyDenoiser:
     def _twice(self, x: Tensor) -> Tensor:
         return x if self.branches == 1 else torch.cat((x, x))
 
-    def _open(self, call: Call, x: Tensor) -> KVStore:
+    def _open(self, call: Call, x: Tensor) -> KVStore | KVMemory:
+        if self._store is None and self._budget:
+            config = self.model.config
+            head_dim = config.dim // config.num_heads
+            shape = StoreShape(
+                config.num_layers, config.num_heads, head_dim, (x.shape[3] // PATCH, x.shape[4] // PATCH), x.shape[0],
+                x.element_size(), TimeRotary.of_wan(head_dim),
+            )  # fmt: skip
+            self._store = make_memory(self._budget, shape, self.branches, config.block)
         if self._store is None:
             frames = self._rollout or call.offset + x.shape[2]
             self._store = KVStore(self.model.config.num_layers, frames * _tokens(x))

@@ -96,7 +96,8 @@ def sample_causal(
     """Block-causal rollout with a K/V store; ``renoise_seed`` samples as core's ``ar_video`` does, ``make_run`` as in
     ``sample``."""
     frames = noise.shape[2]
-    denoiser = TinyDenoiser(model, context, guidance, rollout=frames).sized(noise)
+    budget = acceleration.kv_budget if acceleration else None
+    denoiser = TinyDenoiser(model, context, guidance, rollout=frames, budget=budget).sized(noise)
     timeline = Timeline(
         row_unit="chunk", frames_per_row=model.config.block, title=f"{model.config.kind}, {steps} steps"
     )

@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from accel.kv.memory import KVMemory
+
 MODELS = Path(__file__).with_name("weights") / "diffusion_models"
 PATCH = 2
 ROPE_THETA = 10000.0
@@ -86,8 +88,8 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One Wan block; ``store`` (an object with ``append(layer, k, v) -> (k, v)``) makes self-attention read a K/V
-    store."""
+    """One Wan block; a ``store`` with ``append(layer, k, v) -> (k, v)`` gives self-attention the keys and values to
+    read; a ``KVMemory`` attends itself."""
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
@@ -115,9 +117,11 @@ class Block(nn.Module):
         y = modulate(self.norm1(x), shift, scale)
         q, k, v = self.self_attn.project(y, y)
         q, k = rotate(q, rotations), rotate(k, rotations)
-        if store is not None:
-            k, v = store.append(layer, k, v)
-        x = x + gated(self.self_attn.o(attend(q, k, v, mask)), gate)
+        if isinstance(store, KVMemory):
+            attended = store.attend(layer, q, k, v).flatten(2)
+        else:
+            attended = attend(q, *((k, v) if store is None else store.append(layer, k, v)), mask)
+        x = x + gated(self.self_attn.o(attended), gate)
         q, k, v = self.cross_attn.project(self.norm3(x), context)
         x = x + self.cross_attn.o(attend(q, k, v, bias))
         return x + gated(self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)

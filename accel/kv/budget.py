@@ -81,17 +81,23 @@ class StoreShape:
     """What one CFG branch stores.
 
     Attributes:
-        layers: transformer blocks. heads, head_dim: of each. tokens: of a latent frame. batch: videos at once.
+        layers: transformer blocks. heads, head_dim: of each. grid: rows and columns of tokens of a latent frame.
+        batch: videos at once.
         element: bytes of a number in the model's dtype. rotary: how time turns keys.
     """
 
     layers: int
     heads: int
     head_dim: int
-    tokens: int
+    grid: tuple[int, int]
     batch: int
     element: int
     rotary: TimeRotary
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a latent frame."""
+        return self.grid[0] * self.grid[1]
 
     def token_bytes(self, storage: str) -> int:
         """Bytes of a token's key and value in one layer."""
@@ -139,17 +145,21 @@ def plan(config: KVBudgetConfig, shape: StoreShape, branches: int, block: int) -
     least = Layout(shape.tokens, config.sink, block + 1, config.offload * shape.tokens, frames)
     if most < frames or shape.bytes(least, config) > limit:
         given = f"{config.frames} latent frames" if config.frames else f"{config.gigabytes:g} GB"
-        needed = shape.bytes(least, config) * branches / 1e9
+        needed = shape.bytes(least, config)
+        enough = max(frames, math.ceil(needed / (shape.frame_bytes(config.storage) * SLACK)))
         raise ValueError(
             f"{NODE}: {given} have no room for {config.sink} sink frame(s), a block of {block} and one frame of "
-            f"history, which take {needed:.3g} GB; give {frames + 1} or more latent frames, or a smaller sink or block."
+            f"history; give {enough} or more latent frames ({needed * branches / 1e9:.3g} GB), or a smaller sink or "
+            "block."
         )
     if not config.has_middle or config.offload:
         return _largest_window(config, shape, limit, most, block)
     recent = config.recent or max(1, (most - config.sink - block) // 2)
     ring = min(recent + block, most - config.sink)
     layout = Layout(shape.tokens, config.sink, ring, 0, max(most, config.span))
-    return _largest_middle(config, shape, layout, config.frames * shape.frame_bytes(config.storage) or limit)
+    if shape.bytes(layout, config) > limit:
+        return _largest_window(config, shape, limit, layout.whole_frames, block)
+    return _largest_middle(config, shape, layout, limit)
 
 
 def _largest_window(config: KVBudgetConfig, shape: StoreShape, limit: float, most: int, block: int) -> Layout:

@@ -7,10 +7,28 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..attention.dense import attend
 from .bounded import Attention, BoundedStore
-from .budget import KVBudgetConfig, StoreShape, plan
+from .budget import IMPORTANCE, KVBudgetConfig, StoreShape, plan
+from .importance_redundancy import ImportanceRedundancy, ImportanceRedundancyConfig
 from .slots import ByteSlots, Fetching, PlainSlots, Scratch, Slots, SplitSlots
 from .tokens import Middle
+
+
+def dense(
+    layer: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, always: Sequence[tuple[int, int]], fresh: bool
+) -> Tensor:
+    """Attention over everything stored, as ``bounded.Attention``."""
+    return attend(q, k, v, bias)
+
+
+def make_memory(config: KVBudgetConfig, shape: StoreShape, branches: int, block: int) -> KVMemory:
+    """The K/V of a run as its configuration says; arguments as of ``KVMemory``."""
+
+    def middle() -> Middle:
+        return ImportanceRedundancy(ImportanceRedundancyConfig(), shape.tokens)
+
+    return KVMemory(config, shape, branches, block, lambda: dense, middle if config.keep == IMPORTANCE else None)
 
 
 class KVMemory:
