@@ -163,7 +163,7 @@ class TinyDenoiser:
                 config.num_layers, config.num_heads, head_dim, (x.shape[3] // PATCH, x.shape[4] // PATCH), x.shape[0],
                 x.element_size(), TimeRotary.of_wan(head_dim),
             )  # fmt: skip
-            self._store = make_memory(self._budget, shape, self.branches, config.block)
+            self._store = make_memory(self._budget, shape, self.branches, config.block, self._rollout)
         if self._store is None:
             frames = self._rollout or call.offset + x.shape[2]
             self._store = KVStore(self.model.config.num_layers, frames * _tokens(x))

@@ -1,4 +1,4 @@
-"""The nodes of the pack, by file: accelerate (one choice), acceleration and windows (describe), sampler (run),
+"""The nodes of the pack, by file: accelerate (one choice), acceleration, windows and memory (describe), sampler (run),
 timeline and compare (show), tiny (the demo models)."""
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from comfy_api.latest import ComfyExtension, io
 from .accelerate import ACCELERATE_NODES
 from .acceleration import ACCELERATION_NODES
 from .compare import COMPARE_NODES
+from .memory import MEMORY_NODES
 from .sampler import SAMPLER_NODES
 from .timeline import TIMELINE_NODES
 from .tiny import TINY_NODES
@@ -17,6 +18,6 @@ from .windows import WINDOW_NODES
 class ARVideoAccelerator(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
-            *ACCELERATE_NODES, *SAMPLER_NODES, *ACCELERATION_NODES, *WINDOW_NODES, *TIMELINE_NODES, *COMPARE_NODES,
-            *TINY_NODES,
+            *ACCELERATE_NODES, *SAMPLER_NODES, *ACCELERATION_NODES, *WINDOW_NODES, *MEMORY_NODES, *TIMELINE_NODES,
+            *COMPARE_NODES, *TINY_NODES,
         ]  # fmt: skip

@@ -24,6 +24,7 @@ from ..accel.call import Call
 from ..accel.engine import Acceleration, Run
 from ..accel.timeline import Timeline
 from .host_denoiser import CausalHostDenoiser, HostDenoiser, per_frame_sampling
+from .host_kv import BoundedHostDenoiser, with_own_store
 from .host_live import Audience
 from .job import CAUSAL, CLIP, NODE, Job
 
@@ -92,6 +93,8 @@ def sample_segments(
     if job.mode == CAUSAL:
         _check_one_branch(model, positive)
         given = _check_start_frames(model, samples)
+        if job.own_store(acceleration):
+            model = with_own_store(model)
     else:
         model = model.clone()
         model.add_object_patch("model_sampling", per_frame_sampling(model.get_model_object("model_sampling")))
@@ -114,8 +117,9 @@ def sample_segments(
 def _check_one_branch(model: Any, positive: list) -> None:
     if len(positive) != 1 or model.model_options.get("disable_cfg1_optimization", False):
         raise ValueError(
-            f"{NODE}: causal blocks keep K/V for one branch, but there are {len(positive)} positive conditionings, or "
-            "a node forces the negative branch; use a single conditioning and remove such nodes."
+            f"{NODE}: causal blocks keep the K/V of a branch for one prompt, but there are {len(positive)} positive "
+            "conditionings, or a node forces the negative branch at cfg 1; use a single conditioning and remove such "
+            "nodes."
         )
 
 
@@ -155,7 +159,11 @@ class SegmentSampler(comfy.samplers.Sampler):
             prefix = _start_latent(extra_args["model_options"])
             if prefix is not None:
                 prefix = model_wrap.inner_model.process_latent_in(prefix).to(start).expand(len(start), -1, -1, -1, -1)
-            denoiser = CausalHostDenoiser(model_wrap, extra_args, start)
+            if self.job.own_store(self.acceleration):
+                denoiser = BoundedHostDenoiser(model_wrap, extra_args, start, self.acceleration, self.job.block)
+                self.timeline.settings["K/V"] = denoiser.memory.note()
+            else:
+                denoiser = CausalHostDenoiser(model_wrap, extra_args, start)
         else:
             denoiser = HostDenoiser(model_wrap, extra_args, start, shares_time=self.job.mode == CLIP)
         run = Run(self.acceleration, denoiser, self.timeline)

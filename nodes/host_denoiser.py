@@ -157,10 +157,14 @@ class HostDenoiser:
         return features.unflatten(1, (frames, -1))
 
     def flops(self, call: Call, frames: int) -> int:
+        return self._forward_flops(frames, self._keys(call, frames))
+
+    def full_flops(self, call: Call, frames: int) -> int:
+        return self._forward_flops(frames, self._full_keys(call, frames))
+
+    def _forward_flops(self, frames: int, keys: int | None) -> int:
         rows = 1 if self.shares_time else None
-        return self.batch * self.shape.forward_flops(
-            frames, self.tokens, self._keys(call, frames), branches=self.branches, time_rows=rows
-        )
+        return self.batch * self.shape.forward_flops(frames, self.tokens, keys, branches=self.branches, time_rows=rows)
 
     def feature_flops(self, kind: str, call: Call, frames: int) -> int:
         if kind == "latent":
@@ -175,6 +179,10 @@ class HostDenoiser:
     def _keys(self, call: Call, frames: int) -> int | None:
         """Keys that a query reads; None for those of the frames that are forwarded."""
         return None if call.queries is None else (call.frames[1] - call.frames[0]) * self.tokens
+
+    def _full_keys(self, call: Call, frames: int) -> int | None:
+        """``_keys`` where nothing is dropped or left unread."""
+        return None
 
     def _levels(self, call: Call, x: Tensor) -> Tensor:
         """What the model is told, ``[T]``, or ``[1]`` where all frames share it."""
@@ -226,6 +234,8 @@ class CausalHostDenoiser(HostDenoiser):
 
     def _keys(self, call: Call, frames: int) -> int | None:
         return (call.offset + frames) * self.tokens
+
+    _full_keys = _keys
 
 
 def _shape(network: torch.nn.Module, text_tokens: int) -> WanShape:

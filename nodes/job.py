@@ -24,6 +24,7 @@ PARTS = {
     "frozen_window": "Active Frame Window",
     "shared_prefix": "Shared Prefix Cache",
     "chunks": "Chunk Cache",
+    "kv_budget": "KV Cache Budget",
 }
 
 
@@ -61,6 +62,15 @@ class Job:
                 f"{PARTS['scheduler']}: signal is {signal}, but causal blocks take history from the K/V store, which "
                 "never changes; use log-snr, current or latent."
             )
+        if self.mode != CAUSAL and acceleration.kv_budget is not None:
+            raise ValueError(
+                f"{PARTS['kv_budget']}: mode is {self.mode}, which keeps no K/V from segment to segment; use a causal "
+                "model, or remove the node (Active Frame Window keeps K/V within a segment)."
+            )
+
+    def own_store(self, acceleration: Acceleration) -> bool:
+        """Whether causal blocks need our K/V store: core's keeps everything, and one branch."""
+        return self.mode == CAUSAL and (self.cfg != 1.0 or acceleration.kv_budget is not None)
 
     def segments(self, run: Run, noise: Tensor, progress: Progress, prefix: Tensor | None) -> Iterator[Segment]:
         """Runs it: finished segments as they come. ``prefix`` is a clean start of the video, for causal blocks."""
@@ -105,11 +115,6 @@ def make_job(
     solver = solver if solver != "auto" else "re-noise" if causal else "euler"
     if causal and regime != "causal":
         _refuse("mode is causal blocks, which this model cannot do: it has no K/V store; use diffusion forcing or auto")
-    if causal and cfg != 1.0:
-        _refuse(
-            f"cfg is {cfg:g}, but ComfyUI's causal models keep K/V for one branch only; set cfg to 1 "
-            "(distilled causal models need no guidance)"
-        )
     if causal and solver == "unipc":
         _refuse("solver is unipc, which keeps a history that causal blocks do not have; use euler, re-noise or auto")
     if not causal and solver == "re-noise":

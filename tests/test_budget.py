@@ -39,7 +39,7 @@ configs = st.builds(
 @given(configs, st.integers(1, 2))
 def test_what_is_allocated_is_what_was_planned_and_within_the_budget(config, branches):
     try:
-        memory = make_memory(config, SHAPE, branches, 2)
+        memory = make_memory(config, SHAPE, branches, 2, 100)
     except ValueError:
         assume(False)
     *_, _ = roll(memory, 20)
@@ -50,7 +50,7 @@ def test_what_is_allocated_is_what_was_planned_and_within_the_budget(config, bra
 
 
 def test_wan_1_3b_at_480p_keeps_13_latents_in_4_gb():
-    layout = plan(KVBudgetConfig(frames=13), WAN, 1, 3)
+    layout = plan(KVBudgetConfig(frames=13), WAN, 1, 3, 81)
     assert layout.whole_frames == 13
     assert 3.7e9 < WAN.bytes(layout, KVBudgetConfig(frames=13)) <= 4.0e9
 
@@ -59,18 +59,18 @@ def test_wan_1_3b_at_480p_keeps_13_latents_in_4_gb():
 @pytest.mark.parametrize("branches", [1, 2])
 def test_gigabytes_are_of_all_branches_and_never_passed(keep, branches):
     config = KVBudgetConfig(gigabytes=8.0, keep=keep)
-    layout = plan(config, WAN, branches, 3)
+    layout = plan(config, WAN, branches, 3, 200)
     assert 0.9 * 8e9 < branches * WAN.bytes(layout, config) <= 8e9
 
 
 def test_bytes_and_keys_are_the_same_for_every_block_once_the_store_is_full():
-    memory = make_memory(KVBudgetConfig(frames=12, keep=IMPORTANCE), SHAPE, 1, 2)
+    memory = make_memory(KVBudgetConfig(frames=12, keep=IMPORTANCE), SHAPE, 1, 2, 100)
     told = [(memory.nbytes, memory.keys) for _ in roll(memory, 40)]
     assert len(set(told[12:])) == 1 and len({keys for _, keys in told}) > 3
 
 
 def test_the_middle_keeps_tokens_that_left_the_ring():
-    memory = make_memory(KVBudgetConfig(frames=12, keep=IMPORTANCE, recent=2), SHAPE, 1, 2)
+    memory = make_memory(KVBudgetConfig(frames=12, keep=IMPORTANCE, recent=2), SHAPE, 1, 2, 100)
     *_, _ = roll(memory, 20)
     ring = memory.stores[0]._rings[0]
     assert ring.kept == memory.layout.middle > 0
@@ -80,8 +80,8 @@ def test_the_middle_keeps_tokens_that_left_the_ring():
 def test_a_middle_in_main_memory_gives_the_same_attention_and_frees_the_device():
     config = KVBudgetConfig(frames=40, keep=IMPORTANCE, recent=2)
     shape = replace(SHAPE, layers=12)
-    here = make_memory(config, shape, 1, 2)
-    there = make_memory(replace(config, frames=20, offload=here.layout.middle // shape.tokens), shape, 1, 2)
+    here = make_memory(config, shape, 1, 2, 200)
+    there = make_memory(replace(config, frames=20, offload=here.layout.middle // shape.tokens), shape, 1, 2, 200)
     middle = there.layout.middle
     here.layout = there.layout
     for store in here.stores:
@@ -111,7 +111,7 @@ class Written(TorchDispatchMode):
 
 
 def test_appending_writes_a_tenth_of_what_clone_and_roll_writes():
-    memory = make_memory(KVBudgetConfig(frames=21, sink=0), replace(SHAPE, layers=1), 1, 1)
+    memory = make_memory(KVBudgetConfig(frames=21, sink=0), replace(SHAPE, layers=1), 1, 1, 100)
     *_, first = roll(memory, 30, frames=1)
     rows = [torch.randn(1, 4, 2, 12) for _ in range(3)]
     memory.begin(first, 1)
@@ -143,7 +143,13 @@ def test_bad_budgets_are_refused_in_a_sentence(options, words):
 
 def test_a_budget_without_room_says_how_much_is_needed():
     with pytest.raises(ValueError, match="give 6 or more latent frames"):
-        plan(KVBudgetConfig(frames=4), WAN, 1, 3)
+        plan(KVBudgetConfig(frames=4), WAN, 1, 3, 81)
     with pytest.raises(ValueError, match="0.01 GB have no room"):
-        plan(KVBudgetConfig(gigabytes=0.01), WAN, 2, 3)
-    assert plan(KVBudgetConfig(frames=6), WAN, 1, 3).whole_frames == 5
+        plan(KVBudgetConfig(gigabytes=0.01), WAN, 2, 3, 81)
+    assert plan(KVBudgetConfig(frames=6), WAN, 1, 3, 81).whole_frames == 5
+
+
+@pytest.mark.parametrize("config", [KVBudgetConfig(frames=40), KVBudgetConfig(gigabytes=50.0, keep=IMPORTANCE)])
+def test_a_video_that_fits_is_kept_whole_and_no_room_is_made_beyond_it(config):
+    layout = plan(config, WAN, 1, 3, 21)
+    assert (layout.sink, layout.ring, layout.middle) == (0, 21, 0)

@@ -127,17 +127,20 @@ class StoreShape:
         return max(chosen, moved) + read * layout.places * wide
 
 
-def plan(config: KVBudgetConfig, shape: StoreShape, branches: int, block: int) -> Layout:
+def plan(config: KVBudgetConfig, shape: StoreShape, branches: int, block: int, total: int) -> Layout:
     """The largest store that the budget pays for.
 
     Args:
         config: the budget. shape: of one branch. branches: CFG branches, each with a store of its own. block: latent
-            frames denoised together.
+            frames denoised together. total: latent frames of the whole video; a store never has room for more.
 
     Raises:
         ValueError: the budget has no room for the sink, one block and one latent frame of history.
     """
+    whole = Layout(shape.tokens, 0, total, 0, max(total, config.span))
     limit = config.gigabytes * 1e9 / branches
+    if config.frames >= total or shape.bytes(whole, replace(config, keep=WINDOW, offload=0)) <= limit:
+        return whole
     if config.frames:
         limit = config.frames * shape.frame_bytes(config.storage) * SLACK
     most = config.frames or int(limit // shape.frame_bytes(config.storage))

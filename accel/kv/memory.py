@@ -22,13 +22,15 @@ def dense(
     return attend(q, k, v, bias)
 
 
-def make_memory(config: KVBudgetConfig, shape: StoreShape, branches: int, block: int) -> KVMemory:
-    """The K/V of a run as its configuration says; arguments as of ``KVMemory``."""
+def make_memory(config: KVBudgetConfig | None, shape: StoreShape, branches: int, block: int, frames: int) -> KVMemory:
+    """The K/V of a run as its configuration says; arguments as of ``KVMemory``, no ``config`` keeps all."""
+    config = config or KVBudgetConfig(frames=frames, sink=0)
 
     def middle() -> Middle:
         return ImportanceRedundancy(ImportanceRedundancyConfig(), shape.tokens)
 
-    return KVMemory(config, shape, branches, block, lambda: dense, middle if config.keep == IMPORTANCE else None)
+    rule = middle if config.keep == IMPORTANCE else None
+    return KVMemory(config, shape, branches, block, frames, lambda: dense, rule)
 
 
 class KVMemory:
@@ -36,8 +38,8 @@ class KVMemory:
 
     Args:
         config: the budget. shape: of one branch. branches: CFG branches. block: latent frames denoised together.
-        attention: makes what attends, one a branch. middle: makes the rule for what lies between sink and recent
-            frames, one a branch; None where nothing does.
+        frames: of the whole video. attention: makes what attends, one a branch. middle: makes the rule for what lies
+            between sink and recent frames, one a branch; None where nothing does.
 
     Attributes:
         layout: room of each layer. planned_bytes: of all branches on the device.
@@ -47,10 +49,10 @@ class KVMemory:
     """
 
     def __init__(
-        self, config: KVBudgetConfig, shape: StoreShape, branches: int, block: int, attention: Callable[[], Attention],
-        middle: Callable[[], Middle] | None = None,
+        self, config: KVBudgetConfig, shape: StoreShape, branches: int, block: int, frames: int,
+        attention: Callable[[], Attention], middle: Callable[[], Middle] | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.shape, self.layout = config, shape, plan(config, shape, branches, block)
+        self.config, self.shape, self.layout = config, shape, plan(config, shape, branches, block, frames)
         self.planned_bytes = branches * shape.bytes(self.layout, config)
         self._scratch = Fetching() if config.offload else Scratch()
         self.stores = [

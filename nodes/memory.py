@@ -1,0 +1,73 @@
+"""Nodes that describe what causal models keep in memory and read from it: KV Cache Budget.
+
+Like those of ``acceleration`` they only describe; the AR Segment Sampler reads it.
+"""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..accel.kv.budget import KEEPS, NODE, STORAGES, KVBudgetConfig
+from .acceleration import CATEGORY, OUTPUT, describe, inputs_of
+
+FRAMES, GIGABYTES = "latent frames", "GB"
+DEFAULT = KVBudgetConfig(frames=21)
+
+
+class ARVAKVCacheBudget(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ARVAKVCacheBudget",
+            display_name=NODE,
+            category=CATEGORY,
+            description="Keeps the keys and values of a causal model within a fixed budget, so that memory and time "
+            "per block stay the same however long the video gets. The size is known before the run and stands in the "
+            "report.",
+            search_aliases=["kv cache", "long video", "rolling kv", "sliding window", "flowcache", "tempcache"],
+            inputs=[
+                io.Model.Input("model", tooltip="A causal autoregressive video model."),
+                io.Float.Input("budget", default=float(DEFAULT.frames), min=0.01, max=100000.0, step=1.0, round=0.01,
+                               tooltip="How much is kept, the block being denoised included. 21 latent frames are what "
+                               "Wan's causal models were trained to look back."),
+                io.Combo.Input("unit", options=[FRAMES, GIGABYTES], default=FRAMES,
+                               tooltip="What the budget counts: latent frames, or gigabytes of all branches together."),
+                io.Combo.Input("keep", options=list(KEEPS), default=DEFAULT.keep,
+                               tooltip="What is kept between the first and the latest frames: nothing (window), the "
+                               "tokens that are looked at and differ (importance-redundancy), one token for what stays "
+                               "the same (temporal-merge), or nothing, with more frames for those attention heads that "
+                               "look back (head-groups)."),
+                io.Int.Input("sink", default=DEFAULT.sink, min=0, max=1000,
+                             tooltip="First latent frames of the video that are never dropped; they hold the scene "
+                             "together."),
+                io.Int.Input("recent", default=DEFAULT.recent, min=0, max=100000, advanced=True,
+                             tooltip="Latest latent frames that stay whole where something is kept in between; 0 takes "
+                             "half of what sink and block leave."),
+                io.Combo.Input("storage", options=list(STORAGES), default=DEFAULT.storage, advanced=True,
+                               tooltip="8-bit takes half the memory of 16-bit models and changes the video a little."),
+                io.Int.Input("offload", default=DEFAULT.offload, min=0, max=100000, advanced=True,
+                             tooltip="Latent frames' worth of tokens between sink and recent frames that are kept in "
+                             "main memory, beside the budget; 0 keeps them on the GPU, within it."),
+                io.Int.Input("trained_frames", default=DEFAULT.span, min=1, max=100000, advanced=True,
+                             tooltip="Latent frames the model was trained with: kept frames never stand further back "
+                             "in time than that."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip=OUTPUT)],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: io.Model.Type, budget: float, unit: str, keep: str, sink: int, recent: int = 0,
+        storage: str = STORAGES[0], offload: int = 0, trained_frames: int = DEFAULT.span,
+    ) -> io.NodeOutput:  # fmt: skip
+        size = {"frames": int(budget)} if unit == FRAMES else {"gigabytes": budget}
+        with inputs_of(NODE, span="trained_frames"):
+            if unit == FRAMES and budget != int(budget):
+                raise ValueError(f"{NODE}: budget is {budget:g} latent frames; use a whole number.")
+            config = KVBudgetConfig(
+                **size, sink=sink, keep=keep, recent=recent, storage=storage, offload=offload, span=trained_frames
+            )
+        return io.NodeOutput(describe(model, kv_budget=config))
+
+
+MEMORY_NODES: list[type[io.ComfyNode]] = [ARVAKVCacheBudget]

@@ -1,0 +1,91 @@
+"""Causal models with our K/V store in the real ComfyUI: what core refuses works, and what core does is unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from accel.engine import Acceleration, Run, SchedulerConfig
+from accel.kv.budget import KVBudgetConfig
+from accel.policy import TriModalConfig
+from accel.sampling import causal_blocks
+from accel.schedule import flow_sigmas
+from accel.timeline import Timeline
+from demo.denoiser import TinyDenoiser
+from demo.model import load_model
+from demo.prompt import embed_text
+
+from .inprocess import run_in_process
+from .test_nodes import TEXT, TOLERANCE, checkpoints, difference, video  # noqa: F401
+
+SCRIPT = Path(__file__).with_name("kv_runs.py")
+WINDOW = KVBudgetConfig(frames=9)
+
+
+@pytest.fixture(scope="module")
+def host(comfy_root: Path, checkpoints, tmp_path_factory) -> tuple[dict[str, Any], dict[str, Tensor]]:  # noqa: F811
+    """Facts and latents of ``kv_runs.py``."""
+    out = tmp_path_factory.mktemp("kv") / "latents.safetensors"
+    files = [str(checkpoints["frames"]), str(checkpoints["causal"]), str(out)]
+    return run_in_process(SCRIPT, *files, root=comfy_root, core_nodes=["nodes_ar_video.py"]), load_file(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "cfg", "budget", "steps", "seed"),
+    [("window", 1.0, WINDOW, 4, 7), ("guided", 2.0, None, 4, 7), ("guided window", 2.0, WINDOW, 4, 7),
+     ("guided fast", 2.0, WINDOW, 16, None)],
+)  # fmt: skip
+def test_the_host_equals_the_library(host, checkpoints, name, cfg, budget, steps, seed) -> None:  # noqa: F811
+    facts, latents = host
+    model = load_model(checkpoints["causal"])
+    noise = torch.randn((2, 16, 14, 8, 8), generator=torch.Generator().manual_seed(7))
+    denoiser = TinyDenoiser(model, embed_text(TEXT).expand(2, -1, -1), cfg, rollout=14, budget=budget).sized(noise)
+    scheduler = SchedulerConfig(TriModalConfig(0.3, 2.0), "log-snr", reach=None) if "fast" in name else None
+    run = Run(Acceleration(scheduler=scheduler, kv_budget=budget), denoiser, Timeline())
+    expected = video(causal_blocks(run, noise, 4, flow_sigmas(steps, 5.0), seed))
+    assert difference(latents[name], expected) < TOLERANCE
+    totals = run.timeline.totals()
+    assert facts[name]["calls"] == totals["calls"] and facts[name]["flops"] == totals["flops"]
+    if budget is not None:
+        assert facts[name]["kv_bytes"] == totals["kv_bytes"] and facts[name]["flop_ratio"] > 1.0
+
+
+def test_a_budget_that_holds_the_video_equals_core(host) -> None:
+    facts, _ = host
+    assert facts["whole against core"] < 1e-5 and facts["start image against core"] < 1e-5
+    assert facts["whole"]["flop_ratio"] == 1.0
+    assert facts["start image kept"]
+
+
+def test_nothing_is_left_behind(host) -> None:
+    facts, _ = host
+    assert facts["global random state untouched"] and facts["core after ours"] and facts["again"]
+    assert facts["interrupted"] and facts["after interrupt"] and facts["state after interrupt"] == []
+
+
+def test_weights_of_another_dtype_work(host) -> None:
+    facts, latents = host
+    assert facts["weights"] == "torch.float8_e4m3fn" != facts["computed in"]
+    for name in ("fp8", "fp8 guided", "fp8 core store"):
+        assert torch.isfinite(latents[name]).all() and latents[name].std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("room", "KV Cache Budget: 5 latent frames have no room for 1 sink frame(s), a block of 4"),
+        ("part", "KV Cache Budget: budget is 9.5 latent frames; use a whole number."),
+        ("offload", "KV Cache Budget: offload is 4"),
+        ("trained", "KV Cache Budget: frames 9, gigabytes 0.0, sink 1"),
+        ("changed core", "AR Segment Sampler: this ComfyUI's causal Wan model has changed (no norm_k)"),
+        ("no K/V", "KV Cache Budget: mode is diffusion forcing, which keeps no K/V"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(host, case, words) -> None:
+    facts, _ = host
+    assert words in facts["refusals"][case]
