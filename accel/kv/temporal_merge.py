@@ -1,0 +1,225 @@
+"""Temporal merge: a token that hardly differs from the one before it in time joins it (TempCache of FAST-AR,
+arXiv 2602.01801).
+
+Lemma: n identical keys can be one key whose logit gets ``+ ln n`` and whose value is the mean of theirs, exactly.
+Near-duplicates are found by temporal correspondence: a token looks at the tokens that stand for the latent frame before
+its own, at its place on the grid and around it. The paper's abstract and lemma name neither similarity, threshold nor
+what represents a group: those here are this module's reading.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .tokens import Tokens, joined
+
+
+@dataclass(frozen=True, slots=True)
+class TemporalMergeConfig:
+    """When a token joins the one it corresponds to.
+
+    Attributes:
+        threshold: least similarity, mean over heads and clips of the cosine of the rotated keys, in [-1, 1].
+        neighbourhood: how far on the grid, in tokens, the corresponding token may be: 1 looks at 3x3, 0 at one place.
+        most: tokens one may stand for, 1 or more; beyond, its value is an exponential mean with weight 1 / (most + 1).
+        floor: similarity the threshold falls to for a frame that would not fit, at most ``threshold``.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    threshold: float = 0.95
+    neighbourhood: int = 1
+    most: int = 16
+    floor: float = 0.85
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "floor"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and -1.0 <= value <= 1.0):
+                raise ValueError(f"Temporal merge: {name} is {value}; use a cosine in [-1, 1], such as 0.9.")
+        if self.floor > self.threshold:
+            raise ValueError(
+                f"Temporal merge: floor {self.floor} is above threshold {self.threshold}; use the threshold or less."
+            )
+        for name, least in (("neighbourhood", 0), ("most", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"Temporal merge: {name} is {value!r}; use a whole number of {least} or more.")
+
+
+class TemporalMerge:
+    """A ``Middle`` in which one token may stand for several of successive latent frames, with ``counts``.
+
+    Frames are absorbed one at a time, oldest first. Each token asks its most similar candidate (its own place first
+    where several are equal); of those that ask the same one the most similar joins it, and the others ask twice more
+    among the candidates still free. So one token joins one, and counts are durations. The candidate's key, plain
+    channels and frame become the newest ones, its value the mean of all it stands for. Who finds none becomes a token
+    of its own, behind those that were there.
+
+    Where a frame would not fit, its threshold is the floor; what is still too much is evicted, the lowest
+    ``count / (1 + age)`` first, with ``age`` in latent frames behind the one just absorbed, and equal ones in order.
+
+    One object serves one store (one CFG branch): it remembers, layer by layer, which token stands for which place of
+    the last frame. An empty middle starts a layer anew, and one of another length than it left matches nothing. How
+    many tokens come out depends on the data, so a frame costs each layer one read from the device, two where the
+    threshold falls.
+
+    Args:
+        config: when tokens merge. height, width: tokens of a latent frame.
+    """
+
+    def __init__(self, config: TemporalMergeConfig, height: int, width: int) -> None:
+        if min(height, width) < 1:
+            raise ValueError(f"Temporal merge: a grid of {height} x {width} tokens must be 1 x 1 or more.")
+        self.config, self.height, self.width = config, height, width
+        self._places: dict[int, Tensor] = {}
+        self._lengths: dict[int, int] = {}
+
+    def absorb(self, layer: int, kept: Tokens | None, gone: Tokens, queries: Tensor, capacity: int) -> Tokens:
+        """As ``Middle.absorb``; ``queries`` have no say.
+
+        Raises:
+            ValueError: ``gone`` are not whole latent frames of the grid, or have counts or frames per head.
+        """
+        size, device = self.height * self.width, gone.keys.device
+        if len(gone) % size or gone.counts is not None or gone.frames.ndim != 1:
+            raise ValueError(
+                f"Temporal merge: {len(gone)} tokens must be whole latent frames of {self.height} x {self.width}, "
+                f"as they leave the ring."
+            )
+        if kept is None or self._lengths.get(layer) != len(kept):
+            self._places[layer] = torch.full((size,), -1, device=device)
+        middle = _part(gone, slice(0, 0)) if kept is None else kept
+        if middle.counts is None:
+            middle = replace(middle, counts=torch.ones(len(middle), device=device))
+        for start in range(0, len(gone), size):
+            frame = _part(gone, slice(start, start + size))
+            middle, places = self._merge(middle, frame, self._places[layer].to(device), capacity)
+            middle, self._places[layer] = _evict(middle, places, frame.frames[0], capacity)
+        self._lengths[layer] = len(middle)
+        return middle
+
+    def state(self) -> dict[str, Tensor]:
+        """What it remembers, int64 on the CPU, for ``load``: a run resumed with it goes on bit by bit."""
+        lengths = {f"length.{layer}": torch.tensor(length) for layer, length in self._lengths.items()}
+        return {f"places.{layer}": places.cpu().clone() for layer, places in self._places.items()} | lengths
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Remembers what ``state`` told, in place of all else."""
+        told = [(*name.split("."), tensor) for name, tensor in state.items()]
+        self._places = {int(layer): tensor.clone() for name, layer, tensor in told if name == "places"}
+        self._lengths = {int(layer): int(tensor) for name, layer, tensor in told if name == "length"}
+
+    def _merge(self, middle: Tokens, frame: Tokens, places: Tensor, capacity: int) -> tuple[Tokens, Tensor]:
+        """The middle with one more latent frame, however long, and who stands for each place of it."""
+        size, length = len(frame), len(middle)
+        similarity, candidates = self._correspondence(middle, frame, places)
+        partner = assign(similarity, candidates, self.config.threshold)
+        apart = int((partner < 0).sum())
+        if length + apart > capacity:
+            partner = assign(similarity, candidates, self.config.floor)
+            apart = int((partner < 0).sum())
+        order = (partner < 0).to(torch.int8).argsort(stable=True)
+        joining, new = order[: size - apart], order[size - apart :]
+        into = places[partner[joining]]
+        merged = joined([middle, _part(frame, new)])
+        self._average(merged, into, _part(frame, joining))
+        now = torch.empty_like(places)
+        now[joining], now[new] = into, torch.arange(length, length + apart, device=places.device)
+        return merged, now
+
+    def _average(self, middle: Tokens, into: Tensor, newest: Tokens) -> None:
+        """Lets ``newest`` join the tokens ``into`` of ``middle``, in place."""
+        counts = middle.counts[into]
+        n = counts[:, None, None]
+        mean = (n * middle.values[:, into] + newest.values) / (n + 1.0)
+        middle.values[:, into] = mean.to(middle.values.dtype)
+        middle.keys[:, into] = newest.keys
+        middle.frames[into] = newest.frames
+        middle.counts[into] = (counts + 1.0).clamp(max=self.config.most)
+        if middle.plain is not None:
+            middle.plain[:, into] = newest.plain
+
+    def _correspondence(self, middle: Tokens, frame: Tokens, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Similarity of each token to its candidates ``[candidates, n]``, and their places on the grid.
+
+        The own place comes first; a candidate off the grid or that nobody stands for has similarity -inf.
+        """
+        height, width, reach, size = self.height, self.width, self.config.neighbourhood, len(frame)
+        spots = torch.arange(size, device=places.device).view(height, width)
+        spots = F.pad(torch.where(places.view(height, width) < 0, size, spots), (reach,) * 4, value=size)
+        new = _unit(frame.keys).unflatten(1, (height, width))
+        old = _unit(middle.keys[:, places.clamp(min=0)]) if len(middle) else torch.zeros_like(frame.keys)
+        old = F.pad(old.unflatten(1, (height, width)), (0, 0, 0, 0, *(reach,) * 4))
+        offsets = sorted(product(range(2 * reach + 1), repeat=2), key=lambda offset: offset != (reach, reach))
+        similarity, candidates = [], []
+        for y, x in offsets:
+            rows, columns = slice(y, y + height), slice(x, x + width)
+            candidates.append(spots[rows, columns].flatten())
+            cosines = (new * old[:, rows, columns]).sum(-1)
+            similarity.append(cosines.mean((0, 3)).flatten().masked_fill(candidates[-1] == size, -math.inf))
+        return torch.stack(similarity), torch.stack(candidates)
+
+
+def assign(similarity: Tensor, candidates: Tensor, threshold: float, rounds: int = 3) -> Tensor:
+    """Which place each token joins, at most one token a place.
+
+    In each round every token without a place asks the most similar free candidate at ``threshold`` or above, and the
+    most similar of those that ask, the first where several are, gets it.
+
+    Args:
+        similarity, candidates: ``[candidates, n]``, of each token and its candidates, and the candidates' places in
+            [0, n]; n is none and has similarity -inf. rounds: how often a token may ask.
+
+    Returns:
+        int64 ``[n]``, -1 for a token that joins none.
+    """
+    n = similarity.shape[1]
+    tokens = torch.arange(n, device=similarity.device)
+    partner = torch.full_like(tokens, -1)
+    open_ = similarity.masked_fill(~(similarity >= threshold), -math.inf)
+    taken = torch.zeros(n + 1, dtype=torch.bool, device=similarity.device)
+    for _ in range(rounds):
+        best, which = open_.max(0)
+        asked = torch.where(best > -math.inf, candidates.gather(0, which[None])[0], n)
+        highest = best.new_full((n + 1,), -math.inf).scatter_reduce(0, asked, best, "amax")
+        ahead = torch.where(best == highest[asked], asked, n)
+        first = tokens.new_full((n + 1,), n).scatter_reduce(0, ahead, tokens, "amin")
+        wins = (asked < n) & (first[asked] == tokens)
+        partner = torch.where(wins, asked, partner)
+        taken = taken | (highest > -math.inf)
+        open_ = open_.masked_fill(wins | taken[candidates], -math.inf)
+    return partner
+
+
+def _evict(middle: Tokens, places: Tensor, newest: Tensor, capacity: int) -> tuple[Tokens, Tensor]:
+    """The ``capacity`` tokens worth most at the time ``newest``, in order, and who stands for each place then."""
+    excess = len(middle) - capacity
+    if excess <= 0:
+        return middle, places
+    worth = middle.counts / (1.0 + (newest - middle.frames).clamp(min=0))
+    stay = worth.argsort(stable=True)[excess:].sort().values
+    moved = torch.full((len(middle),), -1, device=places.device)
+    moved[stay] = torch.arange(len(stay), device=places.device)
+    return _part(middle, stay), moved[places]
+
+
+def _unit(keys: Tensor) -> Tensor:
+    return F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
+
+
+def _part(tokens: Tokens, index: slice | Tensor) -> Tokens:
+    """Some of the tokens."""
+    return Tokens(
+        tokens.keys[:, index], tokens.values[:, index], tokens.frames[index],
+        None if tokens.plain is None else tokens.plain[:, index],
+        None if tokens.counts is None else tokens.counts[index],
+    )  # fmt: skip
