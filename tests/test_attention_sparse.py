@@ -4,44 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from accel.attention import block_sparse
 from accel.attention.block_sparse import attend_tiles, supports
 from accel.attention.dense import attend
-
-
-def tensors(queries, keys, heads=2, width=8, batch=1, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, n, heads, width, generator=generator, dtype=dtype) for n in (queries, keys, keys)]
-
-
-def lists(shape, count, kept, seed=0):
-    """Random lists of ``kept`` of ``count`` key tiles, for every place of ``shape``."""
-    scores = torch.rand(*shape, count, generator=torch.Generator().manual_seed(seed))
-    return scores.argsort(-1)[..., :kept]
-
-
-def seen(tiles, tile, queries, keys, order=None):
-    """Which keys each query reads, bool ``[B or 1, heads or 1, queries, keys]``, from the definition."""
-    tiles = tiles if tiles.ndim == 4 else tiles[None]
-    place = torch.arange(keys).expand(*tiles.shape[:2], keys)
-    if order is not None:
-        place = order.argsort(-1)
-    query_tile = torch.arange(queries) // tile
-    listed = torch.zeros(*tiles.shape[:3], -(-keys // tile), dtype=torch.bool).scatter_(3, tiles, True)
-    index = (place // tile)[:, :, None].expand(-1, -1, queries, -1)
-    return listed[:, :, query_tile].expand(*index.shape[:2], -1, -1).gather(3, index)
-
-
-def masked(q, k, v, allowed, bias=None):
-    """Dense attention in float64 over the allowed keys."""
-    logits = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * q.shape[-1] ** -0.5
-    if bias is not None:
-        logits = logits + bias.double().reshape(1, -1, 1, k.shape[1])
-    logits = logits.masked_fill(~allowed, float("-inf"))
-    return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v.double())
+from tests.attention_reference import lists, masked, seen, tensors
 
 
 @given(
@@ -55,7 +24,6 @@ def masked(q, k, v, allowed, bias=None):
     seed=st.integers(0, 999),
     data=st.data(),
 )
-@settings(max_examples=80, deadline=None)
 def test_listed_tiles_equal_dense_attention_with_that_mask(
     queries, keys, tile, heads, batch, shared, biased, seed, data
 ):
@@ -69,7 +37,6 @@ def test_listed_tiles_equal_dense_attention_with_that_mask(
 
 
 @given(shared=st.booleans(), batched=st.booleans(), biased=st.booleans(), seed=st.integers(0, 999))
-@settings(max_examples=40, deadline=None)
 def test_an_order_says_which_keys_a_tile_holds(shared, batched, biased, seed):
     q, k, v = tensors(11, 29, heads=2, batch=2, seed=seed)
     shape = (2 if batched else 1, 1 if shared else 2)
