@@ -177,6 +177,11 @@ def test_a_key_that_is_there_twice_goes_first_among_orthogonal_ones():
     assert order == [[0, 1, 3, 5, 2, 4]], "equal scores oldest first, the two copies last"
 
 
+def test_equal_scores_go_oldest_first():
+    k = torch.eye(2).repeat(1, 1000, 1)
+    assert select(torch.zeros(1, 1, 2), k, 2000).tolist() == [list(range(2000))]
+
+
 def test_bfloat16_keys_are_scored_in_float32():
     q, k = random(2, 6, 8).bfloat16(), random(2, 40, 8, seed=1).bfloat16()
     assert column_mass(q, k).dtype == redundancy(k).dtype == torch.float32
