@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .attention.ann import AnnConfig
+from .attention.prompt import PromptConfig
 from .auto import AutoConfig
 from .call import Decision
 from .chunks import ChunkConfig
@@ -93,6 +95,7 @@ class Acceleration:
             K/V from then on.
         chunks: Chunk Cache: decisions chunk by chunk, in place of ``history_guided`` and ``scheduler``.
         kv_budget: KV Cache Budget: how much K/V a causal model keeps.
+        ann: ANN Attention: how much of the kept K/V a query reads. prompt: which prompt tokens it reads.
         replay: decisions to take instead of any policy, one list for the whole run.
         compute_last: whether the last call of a segment is always computed.
     """
@@ -105,6 +108,8 @@ class Acceleration:
     shared_prefix: FrozenConfig | None = None
     chunks: ChunkConfig | None = None
     kv_budget: KVBudgetConfig | None = None
+    ann: AnnConfig | None = None
+    prompt: PromptConfig | None = None
     replay: tuple[Decision, ...] | None = None
     compute_last: bool = True
 

@@ -387,7 +387,7 @@ class Run(ChunkSteps):
         width = self._frames if call.kind is Kind.DENOISE else call.frames[1] - call.frames[0]
         self.timeline.flops_full += self.denoiser.full_flops(call, width)
         self.timeline.state_bytes = max(self.timeline.state_bytes or 0, self.state_bytes)
-        if self._frozen is not None or self.acceleration.kv_budget is not None:
+        if self._frozen is not None or self.denoiser.kept_bytes:
             self.timeline.kv_bytes = max(self.timeline.kv_bytes or 0, self.denoiser.kept_bytes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from accel.attention.ann import AnnConfig
 from accel.call import Call, Kind
 from accel.flops import WanShape
 from accel.kv.budget import KVBudgetConfig, StoreShape
@@ -27,7 +28,8 @@ class TinyDenoiser:
         rollout: latent frames of the whole video, for the K/V store of a causal model.
         chunk: latent frames of a chunk, to look at earlier chunks only (block-causal attention, the same in every
             call); 0 sees the whole window.
-        budget: how much K/V a causal model keeps; None keeps all.
+        budget: how much K/V a causal model keeps; None keeps all. ann: how much of it a query reads; None all. calls:
+            forwards of a block, see ``make_memory``.
 
     Attributes:
         shape: the transformer's shape, from which FLOPs are counted.
@@ -35,7 +37,7 @@ class TinyDenoiser:
 
     def __init__(
         self, model: TinyWan, context: Tensor, guidance: float = 2.0, rollout: int = 0, chunk: int = 0,
-        budget: KVBudgetConfig | None = None,
+        budget: KVBudgetConfig | None = None, ann: AnnConfig | None = None, calls: int = 1,
     ) -> None:  # fmt: skip
         config = model.config
         self.model, self.guidance = model, guidance
@@ -43,7 +45,8 @@ class TinyDenoiser:
         self.shares_time = config.kind == "tiny-next-clip"
         self.recomputes_history = not config.causal_ar
         self.context = context if self.branches == 1 else torch.cat((context, torch.zeros_like(context)))
-        self._rollout, self._chunk, self._budget = rollout, chunk, budget
+        self._rollout, self._chunk, self._memory = rollout, chunk, (budget, ann, calls)
+        self._bounded = budget is not None or ann is not None
         self._kept: FrozenKV | None = None
         self._store: KVStore | KVMemory | None = None
         self.shape = WanShape(
@@ -56,7 +59,7 @@ class TinyDenoiser:
         *given, store = self.inputs(call, x)
         out = self.model(*given, self._mask(call, x), store)
         if self.model.config.causal_ar and call.kind is not Kind.DENOISE:
-            store.commit(*([] if self._budget else [x.shape[2] * _tokens(x)]))
+            store.commit(*([] if self._bounded else [x.shape[2] * _tokens(x)]))
         return self.guided(out)
 
     def inputs(
@@ -71,7 +74,7 @@ class TinyDenoiser:
             store = self._kept.view(call.queries, call.frames)
         elif self.model.config.causal_ar:
             store = self._open(call, x)
-            positions = positions + (store.begin(call.offset, last - first) if self._budget else call.offset)
+            positions = positions + (store.begin(call.offset, last - first) if self._bounded else call.offset)
         told = self._told(call, x)[:, asked]
         return self._twice(x[:, :, asked]), self._twice(told), self.context, positions, store
 
@@ -98,10 +101,11 @@ class TinyDenoiser:
 
     def flops(self, call: Call, frames: int) -> int:
         tokens = self._tokens_per_frame
-        if call.queries is None and self._budget is None:
+        if call.queries is None and not self._bounded:
             return self.full_flops(call, frames)
         keys = (call.frames[1] - call.frames[0]) * tokens if call.queries is not None else round(self._store.keys)
-        return self._batch * self.shape.forward_flops(frames, tokens, keys, branches=self.branches)
+        unread = self._store.unread_flops if self._bounded else 0
+        return self._batch * self.shape.forward_flops(frames, tokens, keys, branches=self.branches) - unread
 
     def full_flops(self, call: Call, frames: int) -> int:
         tokens = self._tokens_per_frame
@@ -120,7 +124,7 @@ class TinyDenoiser:
 
     @property
     def kept_bytes(self) -> int:
-        kept = self._store if self._budget else self._kept
+        kept = self._store if self._bounded else self._kept
         return 0 if kept is None else kept.nbytes
 
     def feature_flops(self, kind: str, call: Call, frames: int) -> int:
@@ -156,14 +160,15 @@ class TinyDenoiser:
         return x if self.branches == 1 else torch.cat((x, x))
 
     def _open(self, call: Call, x: Tensor) -> KVStore | KVMemory:
-        if self._store is None and self._budget:
+        if self._store is None and self._bounded:
             config = self.model.config
             head_dim = config.dim // config.num_heads
             shape = StoreShape(
                 config.num_layers, config.num_heads, head_dim, (x.shape[3] // PATCH, x.shape[4] // PATCH), x.shape[0],
                 x.element_size(), TimeRotary.of_wan(head_dim),
             )  # fmt: skip
-            self._store = make_memory(self._budget, shape, self.branches, config.block, self._rollout)
+            budget, *attention = self._memory
+            self._store = make_memory(budget, shape, self.branches, config.block, self._rollout, *attention)
         if self._store is None:
             frames = self._rollout or call.offset + x.shape[2]
             self._store = KVStore(self.model.config.num_layers, frames * _tokens(x))

@@ -96,8 +96,10 @@ def sample_causal(
     """Block-causal rollout with a K/V store; ``renoise_seed`` samples as core's ``ar_video`` does, ``make_run`` as in
     ``sample``."""
     frames = noise.shape[2]
-    budget = acceleration.kv_budget if acceleration else None
-    denoiser = TinyDenoiser(model, context, guidance, rollout=frames, budget=budget).sized(noise)
+    told = acceleration or Acceleration()
+    denoiser = TinyDenoiser(
+        model, context, guidance, rollout=frames, budget=told.kv_budget, ann=told.ann, calls=steps + 1
+    ).sized(noise)
     timeline = Timeline(
         row_unit="chunk", frames_per_row=model.config.block, title=f"{model.config.kind}, {steps} steps"
     )

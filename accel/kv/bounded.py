@@ -128,6 +128,8 @@ class BoundedStore:
         named = {f"{index}.{key}": value for index, ring in self._present() for key, value in ring.tensors().items()}
         numbers = {str(index): ring.numbers() for index, ring in self._present()}
         told = {"frames": self.frames, "base": self._base, "rings": numbers}
+        if hasattr(self._middle, "state"):
+            named |= {f"middle.{key}": value for key, value in self._middle.state().items()}
         return named | {"numbers": torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -142,6 +144,9 @@ class BoundedStore:
             )
             for layer, numbers in told["rings"].items()
         }
+        if hasattr(self._middle, "load"):
+            own = {key.removeprefix("middle."): value for key, value in state.items() if key.startswith("middle.")}
+            self._middle.load(own)
 
     def _ring(self, layer: int, like: Tensor) -> Ring:
         """The layer's, made at its first forward."""

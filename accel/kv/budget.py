@@ -12,6 +12,7 @@ NODE = "KV Cache Budget"
 WINDOW, IMPORTANCE, MERGE, HEADS = "window", "importance-redundancy", "temporal-merge", "head-groups"
 KEEPS = (WINDOW, IMPORTANCE, MERGE, HEADS)
 STORAGES = ("model", "8-bit")
+LOGIT_BYTES = 8  # float32, twice: see ``importance_redundancy.column_mass``
 SLACK = 1.02  # of a budget in latent frames, for the unturned time channels of the sink
 
 
@@ -117,11 +118,18 @@ class StoreShape:
         kept = there * self.token_bytes(config.storage) + plain + notes
         return self.layers * kept + self.scratch_bytes(layout, config)
 
+    def logits(self, layout: Layout) -> int:
+        """Logits that may be held at once while a middle is chosen by importance: one part in a hundred of the keys and
+        values, so that what they take does not count."""
+        return max(64, self.layers * layout.places * self.token_bytes("model") // (100 * LOGIT_BYTES))
+
     def scratch_bytes(self, layout: Layout, config: KVBudgetConfig) -> int:
         """Bytes needed for a moment, of one layer at a time: widened or fetched keys and values, a middle while it is
         chosen anew, a store while its heads are given other room."""
         wide = self.token_bytes("model")
         chosen = (2 * layout.middle + self.tokens * layout.ring) * wide if layout.middle else 0
+        if config.keep == IMPORTANCE and layout.middle:
+            chosen += LOGIT_BYTES * self.logits(layout)
         moved = layout.places * wide if config.keep == HEADS else 0
         read = 2 * (config.offload > 0) + (config.storage == "8-bit")
         return max(chosen, moved) + read * layout.places * wide

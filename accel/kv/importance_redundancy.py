@@ -62,15 +62,16 @@ class ImportanceRedundancy:
     It remembers nothing between calls. Keys keep their rotations; ``frames`` of what it returns is ``[n, heads]``.
 
     Args:
-        config: how tokens are scored. frame_tokens: tokens of a latent frame, needed by the unit ``frame``.
+        config: how tokens are scored. frame_tokens: tokens of a latent frame, needed by the unit ``frame``. tile: as of
+            ``column_mass``.
     """
 
-    def __init__(self, config: ImportanceRedundancyConfig, frame_tokens: int | None = None) -> None:
+    def __init__(self, config: ImportanceRedundancyConfig, frame_tokens: int | None = None, tile: int = TILE) -> None:
         if config.unit == "frame" and (frame_tokens is None or frame_tokens < 1):
             raise ValueError(
                 f"Importance-redundancy: a latent frame has {frame_tokens} tokens; give how many, or use unit 'token'."
             )
-        self.config, self.frame_tokens = config, frame_tokens
+        self.config, self.frame_tokens, self._tile = config, frame_tokens, tile
 
     def absorb(self, layer: int, kept: Tokens | None, gone: Tokens, queries: Tensor, capacity: int) -> Tokens:
         """As ``Middle.absorb``; all tokens where they fit.
@@ -90,7 +91,7 @@ class ImportanceRedundancy:
             )
         chosen = select(
             queries.transpose(1, 2), tokens.keys.transpose(1, 2), capacity // size * size, self.config.mix,
-            self.config.kernel, self.config.unit, size, self.config.weighting,
+            self.config.kernel, self.config.unit, size, self.config.weighting, self._tile,
         )  # fmt: skip
         return taken(tokens, chosen.sort(-1).values)
 
@@ -104,6 +105,7 @@ def select(
     unit: str = "token",
     unit_size: int | None = None,
     weighting: str | None = None,
+    tile: int = TILE,
 ) -> Tensor:
     """The ``budget`` tokens a head with the highest ``mix * importance - (1 - mix) * redundancy``.
 
@@ -116,6 +118,7 @@ def select(
         budget: tokens to keep; the budget of more tokens than there are is all of them.
         mix, kernel, weighting: as in ``ImportanceRedundancyConfig``; weights multiply scores shifted to minimum 0.
         unit: ``token``; ``frame`` or ``chunk`` keep runs of ``unit_size`` tokens by their mean score.
+        tile: as of ``column_mass``.
 
     Returns:
         int64 ``[kv_heads, budget]``, highest score first, equal scores oldest first, units whole and in order.
@@ -127,7 +130,7 @@ def select(
     tokens = k.shape[-2]
     budget = min(budget, tokens)
     size = _unit_size(unit, unit_size, tokens, budget)
-    importance = F.max_pool1d(_batch_mean(column_mass(q, k)), kernel, 1, kernel // 2)
+    importance = F.max_pool1d(_batch_mean(column_mass(q, k, tile)), kernel, 1, kernel // 2)
     score = mix * importance - (1.0 - mix) * _batch_mean(redundancy(k))
     if weighting is not None:
         place = torch.linspace(0.0, 1.0, tokens, dtype=score.dtype, device=score.device)

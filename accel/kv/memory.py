@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..attention.ann import AnnAttention, AnnConfig
 from ..attention.dense import attend
 from .bounded import Attention, BoundedStore
-from .budget import IMPORTANCE, KVBudgetConfig, StoreShape, plan
+from .budget import IMPORTANCE, MERGE, KVBudgetConfig, StoreShape, plan
 from .importance_redundancy import ImportanceRedundancy, ImportanceRedundancyConfig
+from .ring import Layout
 from .slots import ByteSlots, Fetching, PlainSlots, Scratch, Slots, SplitSlots
+from .temporal_merge import TemporalMerge, TemporalMergeConfig
 from .tokens import Middle
 
 
@@ -22,15 +25,28 @@ def dense(
     return attend(q, k, v, bias)
 
 
-def make_memory(config: KVBudgetConfig | None, shape: StoreShape, branches: int, block: int, frames: int) -> KVMemory:
-    """The K/V of a run as its configuration says; arguments as of ``KVMemory``, no ``config`` keeps all."""
+def make_memory(
+    config: KVBudgetConfig | None, shape: StoreShape, branches: int, block: int, frames: int,
+    ann: AnnConfig | None = None, calls: int = 1,
+) -> KVMemory:  # fmt: skip
+    """The K/V of a run as its configuration says.
+
+    Args:
+        config, shape, branches, block, frames: as of ``KVMemory``; no ``config`` keeps all. ann: sparse attention, None
+            for dense. calls: forwards of a block, which share a sparse selection.
+    """
     config = config or KVBudgetConfig(frames=frames, sink=0)
+    attention = (lambda: dense) if ann is None else lambda: AnnAttention(ann, shape.tokens, calls)
+    return KVMemory(config, shape, branches, block, frames, attention)
 
-    def middle() -> Middle:
-        return ImportanceRedundancy(ImportanceRedundancyConfig(), shape.tokens)
 
-    rule = middle if config.keep == IMPORTANCE else None
-    return KVMemory(config, shape, branches, block, frames, lambda: dense, rule)
+def _rule(config: KVBudgetConfig, shape: StoreShape, layout: Layout) -> Middle | None:
+    """What is kept between sink and recent frames, for one branch."""
+    if config.keep == MERGE:
+        return TemporalMerge(TemporalMergeConfig(), *shape.grid)
+    if config.keep == IMPORTANCE:
+        return ImportanceRedundancy(ImportanceRedundancyConfig(), shape.tokens, shape.logits(layout))
+    return None
 
 
 class KVMemory:
@@ -38,8 +54,7 @@ class KVMemory:
 
     Args:
         config: the budget. shape: of one branch. branches: CFG branches. block: latent frames denoised together.
-        frames: of the whole video. attention: makes what attends, one a branch. middle: makes the rule for what lies
-            between sink and recent frames, one a branch; None where nothing does.
+        frames: of the whole video. attention: makes what attends, one a branch.
 
     Attributes:
         layout: room of each layer. planned_bytes: of all branches on the device.
@@ -50,22 +65,26 @@ class KVMemory:
 
     def __init__(
         self, config: KVBudgetConfig, shape: StoreShape, branches: int, block: int, frames: int,
-        attention: Callable[[], Attention], middle: Callable[[], Middle] | None = None,
+        attention: Callable[[], Attention],
     ) -> None:  # fmt: skip
         self.config, self.shape, self.layout = config, shape, plan(config, shape, branches, block, frames)
         self.planned_bytes = branches * shape.bytes(self.layout, config)
         self._scratch = Fetching() if config.offload else Scratch()
+        attentions = [attention() for _ in range(branches)]
+        self._sparse = [one for one in attentions if isinstance(one, AnnAttention)]
+        self._unread = 0
         self.stores = [
             BoundedStore(
-                shape.layers, self.layout, shape.rotary, attention(), middle() if middle else None, self._make
+                shape.layers, self.layout, shape.rotary, one, _rule(config, shape, self.layout), self._make
             )
-            for _ in range(branches)
+            for one in attentions
         ]  # fmt: skip
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated on the device now."""
-        return sum(store.nbytes for store in self.stores) + self._scratch.nbytes
+        selections = sum(one.nbytes for one in self._sparse)
+        return sum(store.nbytes for store in self.stores) + self._scratch.nbytes + selections
 
     @property
     def keys(self) -> float:
@@ -74,7 +93,13 @@ class KVMemory:
 
     def begin(self, first: int, frames: int) -> int:
         """As ``BoundedStore.begin``, for all branches."""
+        self._unread = self._saved()
         return [store.begin(first, frames) for store in self.stores][0]
+
+    @property
+    def unread_flops(self) -> int:
+        """What sparse attention has saved since ``begin``, all branches and layers."""
+        return self._saved() - self._unread
 
     def attend(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, branches: Sequence[int] | None = None
@@ -104,6 +129,10 @@ class KVMemory:
             f"{self.planned_bytes / 1e9:.3g} GB in {self.config.storage} storage"
         )
 
+    def sparse_note(self) -> str | None:
+        """What sparse attention did, for the report; None where attention is dense."""
+        return self._sparse[0].note() if self._sparse else None
+
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, between two blocks."""
         stores = enumerate(self.stores)
@@ -115,6 +144,9 @@ class KVMemory:
             store.load({
                 key.split("/", 1)[1]: value for key, value in state.items() if key.startswith(f"{branch}/")
             })  # fmt: skip
+
+    def _saved(self) -> int:
+        return sum(one.counts.dense_flops - one.counts.flops for one in self._sparse)
 
     def _make(self, like: Tensor, tokens: int) -> Slots:
         if self.config.offload:

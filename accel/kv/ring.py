@@ -85,7 +85,7 @@ class Ring:
         self._counts = torch.ones(layout.middle, device=like.device)
         self._bias = torch.zeros(layout.places, device=like.device) if layout.middle else None
         self.kept = 0  # tokens of the middle
-        self._weighted = False
+        self._weighted = self._per_head = False
         self._stands = (0, 0)  # base and edge that sink and middle are turned for
 
     @property
@@ -158,13 +158,15 @@ class Ring:
         return self.slots.tensors() | {key: value for key, value in named.items() if value is not None}
 
     def numbers(self) -> dict[str, int]:
-        return {"kept": self.kept, "weighted": int(self._weighted), "base": self._stands[0], "edge": self._stands[1]}
+        flags = {"weighted": int(self._weighted), "per_head": int(self._per_head)}
+        return {"kept": self.kept, "base": self._stands[0], "edge": self._stands[1]} | flags
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
         """Puts back what ``tensors`` and ``numbers`` gave."""
         for key, value in self.tensors().items():
             value.copy_(tensors[key])
         self.kept, self._weighted = int(numbers["kept"]), bool(numbers["weighted"])
+        self._per_head = bool(numbers["per_head"])
         self._stands = (int(numbers["base"]), int(numbers["edge"]))
 
     def _turn_far(self, first: int, newest: int, base: int) -> None:
@@ -193,7 +195,8 @@ class Ring:
         keys, values = self.slots.part(start, start + self.kept)
         plain = None if self._plain is None else self._plain[:, far : far + self.kept]
         counts = self._counts[: self.kept] if self._weighted else None
-        return Tokens(keys, values, self._frames[: self.kept].long(), plain, counts)
+        frames = self._frames[: self.kept].long()
+        return Tokens(keys, values, frames if self._per_head else frames[:, 0], plain, counts)
 
     def _leaving(self, frames: list[int], base: int) -> Tokens:
         tokens = self.layout.tokens
@@ -211,7 +214,8 @@ class Ring:
         self.slots.write(start, middle.keys, middle.values)
         if self._plain is not None:
             self._plain[:, far : far + count] = middle.plain
-        frames = middle.frames if middle.frames.ndim == 2 else middle.frames[:, None]
+        self._per_head = middle.frames.ndim == 2
+        frames = middle.frames if self._per_head else middle.frames[:, None]
         self._frames[:count] = frames.expand(count, self._frames.shape[1])
         self._weighted = middle.counts is not None
         if self._weighted:
