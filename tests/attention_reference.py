@@ -17,13 +17,13 @@ def lists(shape, count, kept, seed=0):
     return scores.argsort(-1)[..., :kept]
 
 
-def seen(tiles, tile, queries, keys, order=None):
+def seen(tiles, tile, queries, keys, order=None, query_tile=None):
     """Which keys each query reads, bool ``[B or 1, heads or 1, queries, keys]``, from the definition."""
     tiles = tiles if tiles.ndim == 4 else tiles[None]
     place = torch.arange(keys).expand(*tiles.shape[:2], keys)
     if order is not None:
         place = order.argsort(-1)
-    query_tile = torch.arange(queries) // tile
+    query_tile = torch.arange(queries) // (query_tile or tile)
     listed = torch.zeros(*tiles.shape[:3], -(-keys // tile), dtype=torch.bool).scatter_(3, tiles, True)
     index = (place // tile)[:, :, None].expand(-1, -1, queries, -1)
     return listed[:, :, query_tile].expand(*index.shape[:2], -1, -1).gather(3, index)

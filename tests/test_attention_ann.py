@@ -16,14 +16,14 @@ from accel.attention.selection import hash_ranks, merged, tile_means
 from accel.flops import attention_flops
 from tests.attention_reference import lists, masked, seen, tensors
 
-SMALL = AnnConfig(density=0.3, bits=6, tile=16, shortest=0)
+SMALL = AnnConfig(density=0.3, bits=6, tile=16, query_tile=16, shortest=0)
 FRAME = 10
 
 
 def selected(ann, layer, queries, keys):
     """Which keys each query of a layer reads, bool ``[B, groups, queries, keys]``."""
     kept = ann._kept[layer][1]
-    in_order = seen(kept.tiles, ann.config.tile, queries, keys, kept.key_order.long())
+    in_order = seen(kept.tiles, ann.config.tile, queries, keys, kept.key_order.long(), ann.config.query_tile)
     back = kept.query_order.argsort(-1)
     return in_order.gather(2, back[..., None].expand(-1, -1, -1, keys))
 
@@ -38,14 +38,17 @@ def error(one, other) -> float:
     heads=st.sampled_from([1, 2]),
     batch=st.sampled_from([1, 2]),
     groups=st.sampled_from(["head", "all"]),
+    query_tile=st.sampled_from([16, 24]),
     biased=st.booleans(),
     sink=st.integers(0, 20),
     seed=st.integers(0, 999),
 )
-def test_it_is_dense_attention_over_the_selected_keys(keys, queries, heads, batch, groups, biased, sink, seed):
+def test_it_is_dense_attention_over_the_selected_keys(
+    keys, queries, heads, batch, groups, query_tile, biased, sink, seed
+):
     q, k, v = tensors(queries, keys, heads, batch=batch, seed=seed)
     bias = torch.randn(heads, keys, generator=torch.Generator().manual_seed(seed)) if biased else None
-    ann = AnnAttention(replace(SMALL, groups=groups), FRAME)
+    ann = AnnAttention(replace(SMALL, groups=groups, query_tile=query_tile), FRAME)
     always = [(0, sink), (keys - queries, keys)]
     out = ann(0, q, k, v, bias, always, fresh=True)
     assert ann.counts.sparse == (ann.keys_seen(queries, keys, always) < keys)
@@ -92,7 +95,7 @@ def clustered(frames=8, frame=256, clusters=100, shown=8, width=32, heads=2, see
 def test_on_clustered_keys_it_errs_far_less_than_a_random_selection(groups, seed):
     q, k, v = clustered(seed=seed)
     always = [(0, 256), (2048 - 512, 2048)]
-    ann = AnnAttention(AnnConfig(density=0.33, tile=16, shortest=0, groups=groups), 256)
+    ann = AnnAttention(AnnConfig(density=0.33, tile=16, query_tile=16, shortest=0, groups=groups), 256)
     dense = attend(q, k, v)
     ours = error(ann(0, q, k, v, None, always, fresh=True), dense)
     kept = ann._kept[0][1]
@@ -179,7 +182,7 @@ def test_from_the_shortest_history_on_sparse_attention_costs_less(density, frame
     def costs(history):
         keys = queries + history
         seen = always + density * (keys - always)
-        choice = 2 * (queries + keys) * 13 + 2 * queries * keys / 64**2
+        choice = 2 * (queries + keys) * 13 + 2 * queries * keys / (64 * 256)
         return 4 * queries * seen / 0.65 + choice / calls, 4 * queries * keys
 
     if shortest is None:
@@ -273,7 +276,7 @@ def test_intervals_of_keys_are_joined_and_must_be_the_keys_own():
 @pytest.mark.parametrize(
     "options",
     [{"density": 0.0}, {"density": 1.5}, {"density": float("nan")}, {"bits": 0}, {"bits": 17}, {"tile": 8},
-     {"shortest": -1}, {"groups": "layer"}],
+     {"query_tile": 2000}, {"shortest": -1}, {"groups": "layer"}],
 )  # fmt: skip
 def test_bad_settings_are_refused_in_a_sentence(options):
     name, value = next(iter(options.items()))

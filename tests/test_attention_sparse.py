@@ -17,6 +17,7 @@ from tests.attention_reference import lists, masked, seen, tensors
     queries=st.integers(1, 20),
     keys=st.integers(1, 40),
     tile=st.sampled_from([1, 4, 7, 8]),
+    query_tile=st.sampled_from([None, 3, 12]),
     heads=st.sampled_from([1, 3]),
     batch=st.sampled_from([1, 2]),
     shared=st.booleans(),
@@ -25,15 +26,15 @@ from tests.attention_reference import lists, masked, seen, tensors
     data=st.data(),
 )
 def test_listed_tiles_equal_dense_attention_with_that_mask(
-    queries, keys, tile, heads, batch, shared, biased, seed, data
+    queries, keys, tile, query_tile, heads, batch, shared, biased, seed, data
 ):
     q, k, v = tensors(queries, keys, heads, batch=batch, seed=seed)
     count = -(-keys // tile)
-    shape = (1 if shared else heads, -(-queries // tile))
+    shape = (1 if shared else heads, -(-queries // (query_tile or tile)))
     tiles = lists(shape, count, data.draw(st.integers(1, count)), seed)
     bias = {"none": None, "keys": torch.randn(keys), "heads": torch.randn(heads, keys)}[biased]
-    out = attend_tiles(q, k, v, tiles, tile, bias)
-    assert torch.allclose(out, masked(q, k, v, seen(tiles, tile, queries, keys), bias), atol=1e-12)
+    out = attend_tiles(q, k, v, tiles, tile, bias, query_tile=query_tile)
+    assert torch.allclose(out, masked(q, k, v, seen(tiles, tile, queries, keys, None, query_tile), bias), atol=1e-12)
 
 
 @given(shared=st.booleans(), batched=st.booleans(), biased=st.booleans(), seed=st.integers(0, 999))
@@ -105,5 +106,5 @@ def test_flex_attention_equals_the_gather_form():
             tiles, order = lists((2, 2, 2), keys // 64, 2), lists((2, 2), keys, keys)
             some = None if bias is None else bias.repeat(1, 2)[:, :keys]
             for where in (None, order):
-                gathered = attend_tiles(q, k, v, tiles, 64, some, where, "gather")
-                assert torch.allclose(attend_tiles(q, k, v, tiles, 64, some, where, "flex"), gathered, atol=1e-5)
+                gathered = attend_tiles(q, k, v, tiles, 64, some, where, 64, "gather")
+                assert torch.allclose(attend_tiles(q, k, v, tiles, 64, some, where, 64, "flex"), gathered, atol=1e-5)

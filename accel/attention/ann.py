@@ -34,7 +34,8 @@ class AnnConfig:
     Attributes:
         density: fraction of the history's tiles each query tile reads, in (0, 1]; 1 is dense attention.
         bits: random projections a hash is made of, 1 to 16.
-        tile: tokens of a tile of queries or keys, 16 to 256.
+        tile: tokens of a tile of keys, 16 to 256.
+        query_tile: tokens of a tile of queries, which read the same keys, 16 to 1024.
         shortest: latent frames of history below which attention stays dense, 0 or more; None: from where it pays by
             ``shortest_history``.
         groups: ``head`` where every head selects for itself, ``all`` where all heads share one selection.
@@ -46,6 +47,7 @@ class AnnConfig:
     density: float = 0.33
     bits: int = 12
     tile: int = 64
+    query_tile: int = 256
     shortest: int | None = None
     groups: str = "head"
 
@@ -56,6 +58,8 @@ class AnnConfig:
             raise ValueError(f"ANN attention: bits is {self.bits}; use 1 to 16 projections.")
         if not 16 <= self.tile <= 256:
             raise ValueError(f"ANN attention: tile is {self.tile}; use 16 to 256 tokens.")
+        if not 16 <= self.query_tile <= 1024:
+            raise ValueError(f"ANN attention: query_tile is {self.query_tile}; use 16 to 1024 tokens.")
         if self.shortest is not None and self.shortest < 0:
             raise ValueError(f"ANN attention: shortest is {self.shortest}; use 0 or more latent frames, or None.")
         if self.groups not in ("head", "all"):
@@ -68,10 +72,10 @@ def shortest_history(config: AnnConfig, queries: int, always: int, calls: int) -
     Per channel, dense attention of Q queries over N keys is 4 Q N FLOPs. Sparse attention reads S = A + density (N - A)
     of them, A being those that every query sees, and block-sparse kernels reach ``SPARSE_RATE`` of a dense one's rate
     (about 0.65 of flash attention on a GPU), so it costs 4 Q S / 0.65. A selection costs 2 (Q + N)(bits + 1) +
-    2 Q N / tile^2, shared by the block's calls. Sparse is less from the N where the two lines cross:
+    2 Q N / (tile * query_tile), shared by the block's calls. Sparse is less from the N where the two lines cross:
 
         N (4 Q (1 - density / 0.65) - s / calls) = 4 Q A (1 - density) / 0.65 + 2 Q (bits + 1) / calls,
-        s = 2 (bits + 1) + 2 Q / tile^2.
+        s = 2 (bits + 1) + 2 Q / (tile * query_tile).
 
     By FLOPs alone (rate 1) a selection pays from the first tile it leaves out; the rate decides. At density 0.33 it is
     N = 2.1 A: with a block of 3 latent frames, one sink and the last committed frame, 7.5 frames of history.
@@ -84,7 +88,10 @@ def shortest_history(config: AnnConfig, queries: int, always: int, calls: int) -
         Tokens of history; None where it never pays, as with a density of 0.65 or more.
     """
     projections = 2 * (config.bits + 1)
-    gain = 4 * queries * (1 - config.density / SPARSE_RATE) - (projections + 2 * queries / config.tile**2) / calls
+    gain = (
+        4 * queries * (1 - config.density / SPARSE_RATE)
+        - (projections + 2 * queries / (config.tile * config.query_tile)) / calls
+    )
     if gain <= 0:
         return None
     price = 4 * queries * always * (1 - config.density) / SPARSE_RATE + queries * projections / calls
@@ -149,7 +156,8 @@ class AnnAttention:
         kept = self._kept[layer][1]
         index = kept.query_order.transpose(1, 2)[..., None].expand(-1, -1, q.shape[2], q.shape[3])
         out = attend_tiles(
-            q.gather(1, index), k, v, kept.tiles, self.config.tile, bias, kept.key_order.long(), self._backend
+            q.gather(1, index), k, v, kept.tiles, self.config.tile, bias, kept.key_order.long(),
+            self.config.query_tile, self._backend
         )  # fmt: skip
         back = kept.query_order.argsort(-1).transpose(1, 2)[..., None]
         return out.gather(1, back.expand(-1, -1, *out.shape[2:]))
@@ -209,7 +217,10 @@ class AnnAttention:
             q, k = (x.flatten(2)[:, :, None] for x in (q, k))
             bias = None if bias is None else bias.mean(0, keepdim=True)
         config = self.config
-        return select(q, k, bias, always, config.density, config.tile, self._frame, self._projection(layer, k))
+        projection = self._projection(layer, k)
+        return select(
+            q, k, bias, always, config.density, config.tile, config.query_tile, self._frame, projection
+        )  # fmt: skip
 
     def _projection(self, layer: int, k: Tensor) -> Tensor:
         """Directions ``[channels, bits]`` of a layer's hash, the same whatever ran before."""
@@ -232,7 +243,7 @@ class AnnAttention:
 
     def _count_selection(self, q: Tensor, k: Tensor) -> None:
         config, width = self.config, q.shape[2] * q.shape[3]
-        flops = len(q) * selection_flops(q.shape[1], k.shape[1], width, config.bits, config.tile)
+        flops = len(q) * selection_flops(q.shape[1], k.shape[1], width, config.bits, config.tile, config.query_tile)
         self.counts.selections += 1
         self.counts.selection_flops += flops
         self.counts.flops += flops

@@ -62,8 +62,8 @@ def counted_tiles(keys: int, always: int, density: float, tile: int) -> tuple[in
 
 
 def select(
-    q: Tensor, k: Tensor, bias: Tensor | None, always: Sequence[Interval], density: float, tile: int, frame: int,
-    projection: Tensor,
+    q: Tensor, k: Tensor, bias: Tensor | None, always: Sequence[Interval], density: float, tile: int, query_tile: int,
+    frame: int, projection: Tensor,
 ) -> Selection:  # fmt: skip
     """The selection for one block, without reading anything back from the device.
 
@@ -71,16 +71,15 @@ def select(
         q: ``[B, queries, groups, channels]``. k: ``[B, keys, groups, channels]``.
         bias: ``[groups or 1, keys]`` added to the logits, or None.
         always: disjoint intervals of key tokens, in order. density: fraction of the other tiles that is read.
-        tile: tokens of a tile. frame: tokens of a latent frame.
+        tile, query_tile: tokens of a tile of keys and of queries. frame: tokens of a latent frame.
         projection: ``[channels, bits]``, see ``hash_ranks``.
     """
-    unit = frame * -(-tile // frame)
     first, rest = (_tokens(intervals, k) for intervals in (always, _between(always, k.shape[1])))
-    query_order = hash_order(q, unit, projection, _tokens([(0, q.shape[1])], q))
-    key_order = hash_order(k, unit, projection, rest)
+    query_order = hash_order(q, frame * -(-query_tile // frame), projection, _tokens([(0, q.shape[1])], q))
+    key_order = hash_order(k, frame * -(-tile // frame), projection, rest)
     key_order = torch.cat([first.expand(*key_order.shape[:2], -1), key_order], -1)
     shared, picked = counted_tiles(k.shape[1], len(first), density, tile)
-    score = q.shape[-1] ** -0.5 * tile_means(q, query_order, tile) @ tile_means(k, key_order, tile).mT
+    score = q.shape[-1] ** -0.5 * tile_means(q, query_order, query_tile) @ tile_means(k, key_order, tile).mT
     if bias is not None:
         wide = bias.float().expand(k.shape[2], -1)[None, ..., None].expand(len(k), -1, -1, -1)
         score = score + tile_means(wide.transpose(1, 2), key_order, tile).mT
@@ -127,9 +126,9 @@ def tile_means(x: Tensor, order: Tensor, tile: int) -> Tensor:
     return torch.cat(means, 1).transpose(1, 2)
 
 
-def selection_flops(queries: int, keys: int, width: int, bits: int, tile: int) -> int:
+def selection_flops(queries: int, keys: int, width: int, bits: int, tile: int, query_tile: int) -> int:
     """FLOPs of one selection: the projections, the tile means (as the products they could be) and the tile scores."""
-    tiles = -(-queries // tile) * -(-keys // tile)
+    tiles = -(-queries // query_tile) * -(-keys // tile)
     return 2 * (queries + keys) * width * (bits + 1) + 2 * tiles * width
 
 
