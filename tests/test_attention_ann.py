@@ -219,6 +219,7 @@ def test_the_note_says_why_it_is_off():
         "ANN attention is off: the history is at most 4 latent frames and it pays from 9.0"
     )
     assert note(AnnConfig(density=1.0)) == "ANN attention is off: density 1 reads every key"
+    assert note(replace(SMALL, density=0.9)) == "ANN attention is off: every key lies in a tile that is read anyway"
     assert note(AnnConfig(density=0.7)).endswith("density 0.7 does not pay at any length; use less than 0.65")
 
 

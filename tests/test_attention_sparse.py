@@ -60,8 +60,8 @@ def test_scratch_is_bounded_and_changes_nothing(monkeypatch):
     tiles = lists((2, 5), 8, 3)
     whole = attend_tiles(q, k, v, tiles, 8)
     sizes = []
-    picked = block_sparse._picked
-    monkeypatch.setattr(block_sparse, "_picked", lambda *given: sizes.append(picked(*given)) or sizes[-1])
+    picked = block_sparse.picked_rows
+    monkeypatch.setattr(block_sparse, "picked_rows", lambda *given: sizes.append(picked(*given)) or sizes[-1])
     for rows in (1, 2):
         one = 2 * 2 * 3 * 8 * 8 * 8
         monkeypatch.setattr(block_sparse, "SCRATCH", rows * one)
@@ -74,10 +74,10 @@ def test_either_memory_layout_is_read_through_a_view():
     tokens_first = torch.randn(6, 3, 4)
     heads_first = torch.randn(3, 6, 4).transpose(0, 1)
     for x in (tokens_first, heads_first, torch.randn(9, 3, 4)[:6]):
-        table, token_step, head_step = block_sparse._table(x)
+        table, token_step, head_step = block_sparse.row_table(x)
         assert table.data_ptr() == x.data_ptr()
         index = torch.tensor([[[4, 0]]])
-        rows = block_sparse._picked(table, token_step, head_step, index, 3)
+        rows = block_sparse.picked_rows(table, token_step, head_step, index, 3)
         assert torch.equal(rows[0], x[[4, 0]].transpose(0, 1))
 
 
@@ -99,12 +99,12 @@ def test_where_flex_attention_is_not_taken_the_reason_is_told():
 
 
 @pytest.mark.long
-def test_flex_attention_equals_the_gather_form():
-    for bias in (None, torch.randn(2, 200)):
-        for keys in (200, 256):
-            q, k, v = tensors(100, keys, width=16, batch=2, dtype=torch.float32)
-            tiles, order = lists((2, 2, 2), keys // 64, 2), lists((2, 2), keys, keys)
-            some = None if bias is None else bias.repeat(1, 2)[:, :keys]
-            for where in (None, order):
-                gathered = attend_tiles(q, k, v, tiles, 64, some, where, 64, "gather")
-                assert torch.allclose(attend_tiles(q, k, v, tiles, 64, some, where, 64, "flex"), gathered, atol=1e-5)
+@pytest.mark.parametrize("keys, biased, ordered, query_tile", [(256, False, False, 64), (200, True, True, 128)])
+def test_flex_attention_equals_the_gather_form(keys, biased, ordered, query_tile):
+    for seed in range(2):
+        q, k, v = tensors(150, keys, width=16, batch=2, seed=seed, dtype=torch.float32)
+        tiles = lists((2, 2, -(-150 // query_tile)), 4, 2, seed)
+        bias = torch.randn(2, keys) if biased else None
+        order = lists((2, 2), keys, keys, seed) if ordered else None
+        gathered = attend_tiles(q, k, v, tiles, 64, bias, order, query_tile, "gather")
+        assert torch.allclose(attend_tiles(q, k, v, tiles, 64, bias, order, query_tile, "flex"), gathered, atol=1e-5)

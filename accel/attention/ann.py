@@ -35,7 +35,9 @@ class AnnConfig:
         density: fraction of the history's tiles each query tile reads, in (0, 1]; 1 is dense attention.
         bits: random projections a hash is made of, 1 to 16.
         tile: tokens of a tile of keys, 16 to 256.
-        query_tile: tokens of a tile of queries, which read the same keys, 16 to 1024.
+        query_tile: tokens of a tile of queries, which read the same keys, 16 to 1024. Where keys are gathered, 256 is
+            up to twice as fast as 64; it finds a little less (on synthetic clusters 0.78 of the attention instead of
+            0.84), so take 64 or 128 where FlexAttention runs.
         shortest: latent frames of history below which attention stays dense, 0 or more; None: from where it pays by
             ``shortest_history``.
         groups: ``head`` where every head selects for itself, ``all`` where all heads share one selection.
@@ -71,7 +73,8 @@ def shortest_history(config: AnnConfig, queries: int, always: int, calls: int) -
 
     Per channel, dense attention of Q queries over N keys is 4 Q N FLOPs. Sparse attention reads S = A + density (N - A)
     of them, A being those that every query sees, and block-sparse kernels reach ``SPARSE_RATE`` of a dense one's rate
-    (about 0.65 of flash attention on a GPU), so it costs 4 Q S / 0.65. A selection costs 2 (Q + N)(bits + 1) +
+    (0.65 to 0.75 of flash attention on a GPU by published rates; 0.5 to 0.8 measured for the gather form on one CPU
+    thread), so it costs 4 Q S / 0.65. A selection costs 2 (Q + N)(bits + 1) +
     2 Q N / (tile * query_tile), shared by the block's calls. Sparse is less from the N where the two lines cross:
 
         N (4 Q (1 - density / 0.65) - s / calls) = 4 Q A (1 - density) / 0.65 + 2 Q (bits + 1) / calls,
@@ -127,7 +130,8 @@ class AnnAttention:
         self._frame, self._calls, self._seed, self._backend = frame, calls, seed, backend
         self._projections: dict[int, Tensor] = {}
         self._kept: dict[int, tuple[tuple, Selection]] = {}
-        self._longest = self._needed = self._read = self._given = 0
+        self._longest = self._read = self._given = 0
+        self._needed: int | None = 0
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, always: Sequence[Interval], fresh: bool
@@ -174,17 +178,23 @@ class AnnAttention:
         """One line for a report: off and why, or what was read."""
         config, counts = self.config, self.counts
         if not counts.sparse:
-            longest = f"the history is at most {self._longest / self._frame:g} latent frames"
-            if config.density == 1.0:
-                return "ANN attention is off: density 1 reads every key"
-            if self._needed is None:
-                return f"ANN attention is off: density {config.density} does not pay at any length; use less than 0.65"
-            return f"ANN attention is off: {longest} and it pays from {self._needed / self._frame:.1f}"
+            return f"ANN attention is off: {self._reason()}"
         return (
             f"ANN attention: density {config.density} in {counts.sparse} of {counts.calls} calls, "
             f"{self._read / self._given:.0%} of their keys read, {counts.flops / counts.dense_flops:.0%} of dense "
             f"attention's FLOPs in all"
         )
+
+    def _reason(self) -> str:
+        """Why no call has been sparse, told of the one with the longest history."""
+        if self.config.density == 1.0:
+            return "density 1 reads every key"
+        if self._needed is None:
+            return f"density {self.config.density} does not pay at any length; use less than {SPARSE_RATE}"
+        if self._longest >= self._needed:
+            return "every key lies in a tile that is read anyway"
+        longest, needed = self._longest / self._frame, self._needed / self._frame
+        return f"the history is at most {longest:g} latent frames and it pays from {needed:.1f}"
 
     @property
     def nbytes(self) -> int:
@@ -236,7 +246,8 @@ class AnnAttention:
         counts.calls += 1
         counts.flops += len(q) * attention_flops(queries, seen, width)
         counts.dense_flops += len(q) * attention_flops(queries, keys, width)
-        self._longest, self._needed = max(self._longest, keys - queries), self._shortest(queries, always)
+        if keys - queries >= self._longest:
+            self._longest, self._needed = keys - queries, self._shortest(queries, always)
         if self._pays(queries, keys, always):
             counts.sparse += 1
             self._read, self._given = self._read + seen, self._given + keys

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import itertools
 import math
 import os
 import shutil
@@ -91,8 +92,10 @@ def _checked(
             f"attend_tiles: tiles have shape {tuple(tiles.shape)}; {queries} queries in tiles of {query_tile} need "
             f"[{heads} or 1, {rows}, kept], with an axis {batch} or 1 before it where batch entries differ."
         )
-    if order is not None and (order.shape[-1] != keys or order.ndim != 3):
-        raise ValueError(f"attend_tiles: order has shape {tuple(order.shape)}; use [batch or 1, heads or 1, {keys}].")
+    if order is not None and tuple(order.shape) not in itertools.product((1, batch), (1, heads), (keys,)):
+        raise ValueError(
+            f"attend_tiles: order has shape {tuple(order.shape)}; use [{batch} or 1, {heads} or 1, {keys}]."
+        )
     return tiles, order
 
 
@@ -110,13 +113,13 @@ def gathered_tiles(
     step = max(1, SCRATCH // max(1, listed))
     for entry in range(batch):
         own = None if order is None else order[entry % order.shape[0]]
-        tables = [_table(x[entry]) for x in (k, v)]
+        tables = [row_table(x[entry]) for x in (k, v)]
         for first in range(0, rows, step):
             part = slice(first, first + step)
             index, mask = _listed_keys(
                 tiles[entry % tiles.shape[0], :, part], tile, own, bias, k.shape[1], mask_dtype(q)
             )
-            keys, values = (_picked(*table, index, heads) for table in tables)
+            keys, values = (picked_rows(*table, index, heads) for table in tables)
             out[entry, part] = F.scaled_dot_product_attention(padded[entry, part], keys, values, attn_mask=mask)
     return out.transpose(2, 3).flatten(1, 2)[:, :queries]
 
@@ -143,7 +146,7 @@ def _listed_keys(
     return index, None if mask is None else mask[:, :, None]
 
 
-def _table(x: Tensor) -> tuple[Tensor, int, int]:
+def row_table(x: Tensor) -> tuple[Tensor, int, int]:
     """``x`` ``[keys, heads, channels]`` as rows of channels, and how many rows apart tokens and heads are: a view of
     either memory layout, a copy only of others."""
     keys, heads, _ = x.shape
@@ -152,7 +155,7 @@ def _table(x: Tensor) -> tuple[Tensor, int, int]:
     return x.flatten(0, 1), heads, 1
 
 
-def _picked(table: Tensor, token_step: int, head_step: int, index: Tensor, heads: int) -> Tensor:
+def picked_rows(table: Tensor, token_step: int, head_step: int, index: Tensor, heads: int) -> Tensor:
     """Rows ``[rows, heads, n, channels]`` of the tokens ``index`` ``[rows, heads or 1, n]``."""
     head = torch.arange(heads, device=index.device)[None, :, None] * head_step
     wanted = index * token_step + head

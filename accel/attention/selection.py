@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .block_sparse import SCRATCH
+from .block_sparse import SCRATCH, picked_rows, row_table
 
 Interval = tuple[int, int]
 
@@ -103,9 +103,11 @@ def hash_ranks(x: Tensor, projection: Tensor) -> Tensor:
     """
     projected = torch.matmul(x, projection.to(x)).movedim(1, 2)
     bits = projected > projected.mean(2, keepdim=True)
-    binary = bits.cumsum(-1) % 2
-    powers = 1 << torch.arange(bits.shape[-1] - 1, -1, -1, device=x.device)
-    return (binary * powers).sum(-1)
+    powers = 2.0 ** torch.arange(bits.shape[-1], device=x.device)
+    rank = (bits * powers).sum(-1).long()
+    for shift in (1, 2, 4, 8):
+        rank = rank ^ (rank >> shift)
+    return rank
 
 
 def tile_means(x: Tensor, order: Tensor, tile: int) -> Tensor:
@@ -114,16 +116,19 @@ def tile_means(x: Tensor, order: Tensor, tile: int) -> Tensor:
     Args:
         x: ``[B, n, groups, channels]``. order: ``[B, groups, n]``. tile: tokens of a tile; the last may be shorter.
     """
-    step = max(1, SCRATCH // (4 * tile * x[:, 0].numel())) * tile
-    means = []
-    for part in order.split(step, -1):
-        index = part.transpose(1, 2)[..., None].expand(-1, -1, -1, x.shape[-1])
-        tokens = x.gather(1, index).float()
-        whole = tokens.shape[1] // tile * tile
-        means.append(tokens[:, :whole].unflatten(1, (-1, tile)).mean(2))
-        if whole < tokens.shape[1]:
-            means.append(tokens[:, whole:].mean(1, keepdim=True))
-    return torch.cat(means, 1).transpose(1, 2)
+    groups, channels = x.shape[2:]
+    step = max(1, SCRATCH // (4 * tile * groups * channels)) * tile
+    entries = []
+    for entry, places in zip(x, order, strict=True):
+        table, means = row_table(entry), []
+        for part in places.split(step, -1):
+            tokens = picked_rows(*table, part[None], groups)[0].float()
+            whole = tokens.shape[1] // tile * tile
+            means.append(tokens[:, :whole].unflatten(1, (-1, tile)).mean(2))
+            if whole < tokens.shape[1]:
+                means.append(tokens[:, whole:].mean(1, keepdim=True))
+        entries.append(torch.cat(means, 1))
+    return torch.stack(entries)
 
 
 def selection_flops(queries: int, keys: int, width: int, bits: int, tile: int, query_tile: int) -> int:
