@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -109,6 +111,14 @@ class TinyDenoiser:
     @property
     def kept_bytes(self) -> int:
         return 0 if self._kept is None else self._kept.nbytes
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self._store is None else self._store.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            self._store = KVStore(self.model.config.num_layers, self._rollout * self._tokens_per_frame)
+            self._store.load(state)
 
     def feature_flops(self, kind: str, call: Call, frames: int) -> int:
         if kind == "latent":
