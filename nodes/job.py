@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
@@ -62,13 +62,17 @@ class Job:
                 "never changes; use log-snr, current or latent."
             )
 
-    def segments(self, run: Run, noise: Tensor, progress: Progress, prefix: Tensor | None) -> Iterator[Segment]:
-        """Runs it: finished segments as they come. ``prefix`` is a clean start of the video, for causal blocks."""
+    def segments(
+        self, run: Run, noise: Tensor, progress: Progress, prefix: Tensor | None, finished: Sequence[Tensor] = ()
+    ) -> Iterator[Segment]:
+        """Runs it: finished segments as they come. ``prefix`` is a clean start of the video, for causal blocks;
+        ``finished`` are the latents of segments made before."""
         if self.mode == CAUSAL:
             seed = self.seed if self.solver == "re-noise" else None
-            return causal_blocks(run, noise, self.block, self.table, seed, prefix, progress)
+            return causal_blocks(run, noise, self.block, self.table, seed, prefix, progress, finished)
         loop = next_clip if self.mode == CLIP else diffusion_forcing
         options = {"solver": self.solver, "history_noise": self.history_noise, "progress": progress}
+        options["finished"] = finished
         return loop(run, noise, self.plan, self.table, **options)
 
     def timeline(self, acceleration: Acceleration) -> Timeline:
