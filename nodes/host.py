@@ -106,7 +106,8 @@ def sample_segments(
     guider.set_cfg(job.cfg)
     sampler = SegmentSampler(job, acceleration, timeline, Progress(model, job.calls(given), audience))
     if stream is not None:
-        above = graph_digest(getattr(hidden, "prompt", None), audience.node, "model")
+        graph = getattr(hidden, "prompt", None)
+        above = {name: graph_digest(graph, audience.node, name) for name in ("model", "positive", "negative")}
         told = {"positive": positive, "negative": negative, "start frames": _start_latent(model.model_options)}
         sampler.stream, sampler.describe = stream, partial(describe_run, model, told, above=above)
     noise = comfy.sample.prepare_noise(samples, job.seed, latent.get("batch_index"))

@@ -20,23 +20,29 @@ SAMPLES, SAMPLE = 16, 1 << 16  # places of a weights file that are looked at, an
 
 
 def describe_run(
-    model: Any, conditionings: Mapping[str, list], start: Tensor, job: Job, acceleration: Acceleration, above: str
+    model: Any,
+    conditionings: Mapping[str, list],
+    start: Tensor,
+    job: Job,
+    acceleration: Acceleration,
+    above: Mapping[str, str],
 ) -> dict[str, Any]:
     """Everything that determines the latents of a run.
 
     Args:
         model: core's MODEL. conditionings: by name, as they were given. start: start noise ``[B, C, T, H, W]``.
-        above: digest of the graph that the model comes from (``graph_digest``).
+        above: digests of the graphs that the model and the conditionings come from (``graph_digest``), by name; they
+            stand for what has no content to look at here, such as patches and control models.
     """
     plan = asdict(job.plan)
     settings = {"mode": job.mode, "solver": job.solver, "block": job.block, "cfg": job.cfg, "seed": job.seed}
     settings |= {"history_noise": job.history_noise, "sigmas": job.table.tolist(), **plan}
     return _plain(
         {
-            "model": _weights(model) | {"nodes": above},
+            "model": _weights(model) | {"graph": above.get("model")},
             "settings": settings,
             "acceleration": asdict(acceleration),
-            **{name: digest(given) for name, given in conditionings.items()},
+            **{name: digest([given, above.get(name)]) for name, given in conditionings.items()},
             "noise": digest(start),
             "computed on": [start.device.type, str(model.model_dtype()), torch.__version__],
         }

@@ -56,8 +56,21 @@ class Watched:
         return codec.decode(latents)
 
 
-def sample(model, frames: int, settings: dict, prefix: str | None = None, vae=None, **stream):
-    latent = node("ARVATinyLatent", frames=frames, width=64, height=64, batch_size=1)[0]
+class Strided(Watched):
+    """Looks one latent frame back and makes one frame of the first latent frame and four of every other, as Wan's VAE
+    does."""
+
+    def temporal_compression_decode(self) -> int:
+        return 4
+
+    def decode(self, latents):
+        images = super().decode(latents)
+        moves = [torch.lerp(images[:, :-1], images[:, 1:], step / 4) for step in (1, 2, 3, 4)]
+        return torch.cat((images[:, :1], torch.stack(moves, 2).flatten(1, 2)), 1)
+
+
+def sample(model, frames: int, settings: dict, prefix: str | None = None, vae=None, batch: int = 1, **stream):
+    latent = node("ARVATinyLatent", frames=frames, width=64, height=64, batch_size=batch)[0]
     if prefix is not None:
         stream = node("ARVAStreamSegments", prefix, **STREAM | stream, vae=vae)[0]
     made = node("ARVASegmentSampler", model, positive, negative, latent, stream=stream or None, **settings)
@@ -88,9 +101,15 @@ def cut_off(model, at: int, act, *inputs, **named) -> None:
 
 
 def frames_of(path: Path) -> torch.Tensor:
-    """Frames ``[F, H, W, 3]`` in [0, 1] of a video."""
+    """Frames ``[F, H, W, 3]`` in [0, 1] of a video, up to where it is damaged."""
+    frames = []
     with av.open(str(path)) as container:
-        return torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]) / 255.0
+        try:
+            for frame in container.decode(video=0):
+                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+        except av.error.InvalidDataError:
+            pass
+    return torch.stack(frames) / 255.0
 
 
 def near(path: Path, expected: torch.Tensor) -> bool:
@@ -123,7 +142,10 @@ def cases(checkpoint: str) -> None:
             "ui": ui.as_dict()["images"], "frames": len(frames_of(path)), "near": near(path, images),
             "pieces": vae.pieces,
         }  # fmt: skip
-    decoded(expected, images)
+    decoded(model, expected)
+    clips, *_ = sample(model, 24, FRAMES, "clips", codec, batch=2)
+    paths = [OUTPUT / f"clips_00001_{mark}.mp4" for mark in ("", "clip2")]
+    facts["clips"] = [near(path, clip) for path, clip in zip(paths, codec.decode(clips), strict=True)]
     latents, _, lines, ui = sample(model, 24, FRAMES, "deep/latents")
     saved = load_file(OUTPUT / "deep" / "latents_00001_.latent")
     facts["latents alone"] = [torch.equal(saved["latent_tensor"], expected), lines[-1], ui, listing("latents_")]
@@ -135,19 +157,21 @@ def cases(checkpoint: str) -> None:
     facts["refused"] = [refusal(vae) for vae in (Watched(),)]
 
 
-def decoded(expected: torch.Tensor, images: torch.Tensor) -> None:
+def decoded(model, expected: torch.Tensor) -> None:
     """The frames before they are encoded, decoded segment by segment."""
-    package, seen = pack_module().__name__, []
-    video_file = importlib.import_module(".nodes.video_file", package)
+    video_file = importlib.import_module(".nodes.video_file", pack_module().__name__)
     original = video_file.VideoFile.append
-    video_file.VideoFile.append = lambda self, clip, first: seen.append(clip) or original(self, clip, first)
-    try:
-        model = comfy.sd.load_diffusion_model(sys.argv[2])
-        model = node("ARVATriModalScheduler", model, 0.2, 0.9, "log-snr", "1", 0.75, 5, 1, 0.0)[0]
-        sample(model, 24, FRAMES, "decoded", codec)
-    finally:
-        video_file.VideoFile.append = original
-    facts["decoded piece by piece"] = [torch.equal(torch.cat(seen), images), [len(clip) for clip in seen]]
+    for name, vae, context in (("codec", codec, 0), ("strided", Strided(), 1)):
+        seen = []
+        video_file.VideoFile.append = lambda self, clip, first, seen=seen: (
+            seen.append(clip) or original(self, clip, first)
+        )
+        try:
+            sample(model, 24, FRAMES, "decoded", vae, context=context)
+        finally:
+            video_file.VideoFile.append = original
+        whole = vae.decode(expected)[0]
+        facts[f"{name} piece by piece"] = [torch.equal(torch.cat(seen), whole), [len(clip) for clip in seen]]
 
 
 def cancelled(model, expected: torch.Tensor, images: torch.Tensor, totals: dict) -> None:
@@ -157,6 +181,11 @@ def cancelled(model, expected: torch.Tensor, images: torch.Tensor, totals: dict)
     facts["after cancel"] = listing("cancelled")
     path = OUTPUT / "cancelled_00001_.mp4"
     facts["video after cancel"] = [len(frames_of(path)), near(path, images)]
+    torn = path.with_name("torn.mp4")
+    torn.write_bytes(path.read_bytes()[:-200])
+    facts["torn video"] = [len(frames_of(torn)) >= 8, near(torn, images)]
+    with path.open("ab") as file:
+        file.write(path.read_bytes()[-500:-200])
     ticks = []
     with at_every_call(ticks.append):
         latents, resumed, lines, _ = sample(model, 24, FRAMES, "cancelled", vae)
@@ -211,6 +240,25 @@ def refusal(vae) -> str:
     return "nothing was refused"
 
 
+def start_image(model) -> None:
+    """A run that continues a start image, cancelled in its third block."""
+    image = model.clone()
+    start = to_latents(torch.randn(1, 16, 2, 8, 8, generator=torch.Generator().manual_seed(3)))
+    image.model_options["transformer_options"]["ar_config"] = {"initial_latent": start}
+    expected, totals, *_ = sample(image, 14, CAUSAL)
+    cut_off(image, 2 * 5 + 2, comfy.model_management.interrupt_current_processing, 14, CAUSAL, "image", codec)
+    latents, resumed, lines, _ = sample(image, 14, CAUSAL, "image", codec)
+    path = OUTPUT / "image_00001_.mp4"
+    facts["start image"] = [
+        torch.equal(latents, expected), resumed["calls"] == totals["calls"], lines[0], len(frames_of(path)),
+        near(path, codec.decode(expected)[0]),
+    ]  # fmt: skip
+
+
+def to_latents(latents: torch.Tensor) -> torch.Tensor:
+    return importlib.import_module(".nodes.host_files", pack_module().__name__).to_latent_space(latents)
+
+
 def causal_model(checkpoint: str):
     model = comfy.sd.load_diffusion_model(checkpoint)
     return node("ARVATriModalScheduler", model, 0.3, 2.0, "log-snr", "1", 0.75, 5, 1, 0.0)[0]
@@ -233,6 +281,7 @@ def go_on(checkpoint: str) -> None:
     facts["calls"] = totals["calls"] == whole["calls"] and totals["flops"] == whole["flops"]
     facts["line"], facts["frames"] = lines[0], len(frames_of(path))
     facts["near"], facts["files"] = near(path, codec.decode(expected)[0]), listing("")
+    start_image(model)
 
 
 if __name__ == "__main__":

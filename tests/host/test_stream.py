@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from demo.model import TinyConfig, TinyWan, save_model
+from tests.host.comfy import ComfyServer, PromptError, PromptInterrupted
 from tests.host.inprocess import ScriptError, run_in_process
+from tests.host.workflow_run import load_graph
 
 SCRIPT = Path(__file__).with_name("stream_runs.py")
 
@@ -37,8 +40,13 @@ def test_a_streamed_video_is_the_whole_decode_and_leaves_nothing_else(facts: dic
     assert made["pieces"] == [8, 6, 6, 6, 6], "each segment with two latent frames before it"
 
 
-def test_the_tiny_codec_decodes_piece_by_piece_what_it_decodes_at_once(facts: dict[str, Any]) -> None:
-    assert facts["decoded piece by piece"] == [True, [8, 4, 4, 4, 4]]
+def test_a_video_decoded_piece_by_piece_is_the_video_decoded_at_once(facts: dict[str, Any]) -> None:
+    assert facts["codec piece by piece"] == [True, [8, 4, 4, 4, 4]]
+    assert facts["strided piece by piece"] == [True, [29, 16, 16, 16, 16]]
+
+
+def test_a_batch_makes_a_video_a_clip(facts: dict[str, Any]) -> None:
+    assert facts["clips"] == [True, True]
 
 
 def test_without_a_vae_the_latents_are_kept_as_core_saves_them(facts: dict[str, Any]) -> None:
@@ -50,6 +58,7 @@ def test_without_a_vae_the_latents_are_kept_as_core_saves_them(facts: dict[str, 
 def test_a_cancelled_run_keeps_what_is_finished_and_goes_on(facts: dict[str, Any]) -> None:
     assert facts["after cancel"] == ["cancelled_00001_.mp4", "cancelled_00001_run"]
     assert facts["video after cancel"] == [12, True]
+    assert facts["torn video"] == [True, True], "a torn last piece costs that piece alone"
     resumed = facts["resumed"]
     assert resumed["latents"] and resumed["calls"] and resumed["flops"] and resumed["near"]
     assert resumed["lines"][0].startswith("Resumed after 2 finished segments in ")
@@ -103,3 +112,51 @@ def test_a_process_killed_in_the_seventh_segment_goes_on_after_six(comfy_root: P
     assert facts["line"].startswith("Resumed after 6 finished segments in ")
     assert facts["latents"] and facts["calls"] and facts["near"] and facts["frames"] == 32
     assert facts["files"] == ["killed_00001_.mp4"]
+    equal, calls, line, frames, near = facts["start image"]
+    assert equal and calls and near and frames == 14 and line.startswith("Resumed after 2 ")
+
+
+def graph(prefix: str, **changes: Any) -> dict[str, Any]:
+    made = load_graph("tiny_stream")
+    for node in made.values():
+        changed = {"filename_prefix": prefix} if node["class_type"] == "ARVAStreamSegments" else {}
+        node["inputs"] |= {key: value for key, value in changes.items() if key in node["inputs"]} | changed
+    return made
+
+
+def streamed(server: ComfyServer, entry: dict[str, Any]) -> Path:
+    (video,) = entry["outputs"]["7"]["images"]
+    return server.output_dir / video["subfolder"] / video["filename"]
+
+
+def test_the_same_graph_queued_twice_streams_one_video(server: ComfyServer) -> None:
+    first, second = (server.run(graph("twice/a", frames=12)) for _ in range(2))
+    (cached,) = server.events_of(second["prompt_id"], "execution_cached")
+    assert {"6", "7"} <= set(cached["nodes"]) and second["outputs"]["8"] == first["outputs"]["8"]
+    assert [path.name for path in (server.output_dir / "twice").iterdir()] == ["a_00001_.mp4"]
+    assert server.get("/view?filename=a_00001_.mp4&subfolder=twice") == streamed(server, first).read_bytes()
+
+
+def test_a_run_interrupted_on_the_server_goes_on_and_says_so(server: ComfyServer) -> None:
+    long = graph("cut/a", frames=120, steps=6, seed=3) | {
+        "report": {"class_type": "PreviewAny", "inputs": {"source": ["7", 2]}}
+    }
+    prompt = server.queue(long)
+    folder = server.output_dir / "cut" / "a_00001_run"
+    deadline = time.monotonic() + 60
+    while not (folder / "segment-00002.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    server.interrupt(prompt)
+    with pytest.raises(PromptInterrupted):
+        server.wait(prompt)
+    kept = len(list(folder.glob("segment-*")))
+    assert 3 <= kept < 30 and "finished segments are kept; queue again with resume" in server.log()
+    entry = server.run(long)
+    (report,) = entry["outputs"]["report"]["text"]
+    assert f"Resumed after {kept} finished segments" in report and f"Video: {streamed(server, entry)}" in report
+    assert not folder.exists()
+
+
+def test_a_prefix_that_leads_out_of_the_output_folder_is_refused(server: ComfyServer) -> None:
+    with pytest.raises(PromptError, match="Stream Segments: filename_prefix '../a' leads out of"):
+        server.queue(graph("../a"))
