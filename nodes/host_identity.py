@@ -44,7 +44,7 @@ def describe_run(
             "acceleration": asdict(acceleration),
             **{name: digest([given, above.get(name)]) for name, given in conditionings.items()},
             "noise": digest(start),
-            "computed on": [start.device.type, str(model.model_dtype()), torch.__version__],
+            "computed on": [_device(start.device), str(model.model_dtype()), torch.__version__],
         }
     )
 
@@ -113,6 +113,10 @@ def _file_digest(path: Path) -> str:
             file.seek(max(size - SAMPLE, 0) * place // (SAMPLES - 1))
             found.update(file.read(SAMPLE))
     return DIGEST + found.hexdigest()
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _plain(value: Any) -> Any:

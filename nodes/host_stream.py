@@ -5,6 +5,7 @@ Nothing of a finished segment stays here but the last latent frames, which the n
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from comfy.cli_args import args
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
@@ -29,12 +31,16 @@ DecodeSpace = Callable[[Tensor], Tensor]
 class SegmentStream:
     """Where the segments of one run go.
 
+    Args:
+        settings: what Stream Segments describes. hidden: the sampler's hidden inputs, which the video carries as core's
+            Save Video has it.
+
     Attributes:
         lines: what there is to say of it, for the report. results: files to show on the node, as core lists them.
     """
 
-    def __init__(self, settings: StreamSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: StreamSettings, hidden: Any = None) -> None:
+        self.settings, self.hidden = settings, hidden
         self.lines: list[str] = []
         self.results: list[dict[str, str]] = []
 
@@ -83,8 +89,9 @@ class SegmentStream:
             latents: the whole video as LATENT samples, kept on disk where no video is made of them.
         """
         folder = self.checkpoint.folder.parent
+        self.checkpoint.note(video={})
         for video in self.videos:
-            video.finish()
+            video.finish(self._metadata())
             self._show(video.path.name)
             self.lines.append(f"Video: {video.path}")
         if not self.videos:
@@ -179,6 +186,14 @@ class SegmentStream:
         mark = f"clip{index + 1}" if index else ""
         path = Path(self.checkpoint.folder.parent, f"{self.name}_{mark}.{self.settings.format}")
         return VideoFile(path, self.settings.fps)
+
+    def _metadata(self) -> dict[str, str]:
+        """The workflow, so that the video can be dropped on the canvas."""
+        if args.disable_metadata:
+            return {}
+        told = dict(getattr(self.hidden, "extra_pnginfo", None) or {})
+        told |= {"prompt": getattr(self.hidden, "prompt", None)}
+        return {key: json.dumps(value) for key, value in told.items() if value is not None}
 
     def _show(self, filename: str) -> None:
         self.results.append({"filename": filename, "subfolder": self.subfolder, "type": "output"})

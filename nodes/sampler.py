@@ -77,7 +77,7 @@ class ARVASegmentSampler(io.ComfyNode):
         acceleration = described(model)
         job.check(acceleration)
         timeline = job.timeline(acceleration)
-        outlet = None if stream is None else SegmentStream(stream)
+        outlet = None if stream is None else SegmentStream(stream, cls.hidden)
         latent = sample_segments(model, positive, negative, latent, job, acceleration, timeline, cls.hidden, outlet)
         logging.info(timeline.log_line())
         if outlet is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -57,12 +57,14 @@ class VideoFile:
         with self.path.open("r+b") as file:
             file.truncate(size)
 
-    def finish(self) -> None:
-        """Rewrites the container, not the frames, with its length and its index, so that players can seek at once."""
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Rewrites the container, not the frames, with its length and its index, so that players can seek at once, and
+        with ``metadata``. After that nothing can be appended."""
         partial = self.path.with_name(self.path.stem + ".part" + self.path.suffix)
-        options = {"movflags": "faststart"} if self.kind == "mp4" else {}
+        options = {"movflags": "faststart+use_metadata_tags"} if self.kind == "mp4" else {}
         try:
             with av.open(str(self.path)) as source, av.open(str(partial), "w", options=options) as target:
+                target.metadata.update(metadata)
                 stream = target.add_stream_from_template(source.streams.video[0])
                 for packet in source.demux(source.streams.video[0]):
                     if packet.dts is not None:

@@ -227,8 +227,21 @@ def broken(model, expected: torch.Tensor, images: torch.Tensor) -> None:
     latents, _, lines, _ = sample(model, 24, FRAMES, "broken", codec)
     path = OUTPUT / "broken_00001_.mp4"
     facts["after broken"] = [torch.equal(latents, expected), lines[0], len(frames_of(path)), near(path, images)]
+    checkpoints = importlib.import_module(".accel.checkpoint", pack_module().__name__).Checkpoint
+    remove, checkpoints.remove = checkpoints.remove, full_disk
+    try:
+        sample(model, 24, FRAMES, "ending", codec)
+    except OSError:
+        checkpoints.remove = remove
+    latents, _, lines, _ = sample(model, 24, FRAMES, "ending", codec)
+    path = OUTPUT / "ending_00001_.mp4"
+    facts["after the end"] = [torch.equal(latents, expected), lines[0], len(frames_of(path)), near(path, images)]
     (left,) = [path for path in OUTPUT.glob("early*")] or [None]
     facts["nothing left"] = [left, listing("segment-"), listing("state-")]
+
+
+def full_disk(*_) -> None:
+    raise OSError("cannot remove")
 
 
 def refusal(vae) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
 
@@ -89,6 +91,8 @@ def test_a_vae_that_runs_out_of_memory_costs_no_finished_segment(facts: dict[str
     assert [Path(path).name for path in facts["after out of memory"]][-1] == "segment-00002.safetensors"
     equal, line, frames, near = facts["after broken"]
     assert equal and near and frames == 24 and line.startswith("Resumed after 3 ")
+    equal, line, frames, near = facts["after the end"]
+    assert equal and near and frames == 24 and line.startswith("Resumed after 5 "), "cut off behind the last segment"
     assert facts["nothing left"] == [None, [], []]
 
 
@@ -135,6 +139,8 @@ def test_the_same_graph_queued_twice_streams_one_video(server: ComfyServer) -> N
     assert {"6", "7"} <= set(cached["nodes"]) and second["outputs"]["8"] == first["outputs"]["8"]
     assert [path.name for path in (server.output_dir / "twice").iterdir()] == ["a_00001_.mp4"]
     assert server.get("/view?filename=a_00001_.mp4&subfolder=twice") == streamed(server, first).read_bytes()
+    with av.open(str(streamed(server, first))) as video:
+        assert json.loads(video.metadata["prompt"])["7"]["class_type"] == "ARVASegmentSampler"
 
 
 def test_a_run_interrupted_on_the_server_goes_on_and_says_so(server: ComfyServer) -> None:
