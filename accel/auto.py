@@ -22,7 +22,9 @@ skip reaches. What follows is ours; the constants were read off the three tiny m
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,6 +115,22 @@ class AutoPolicy(Answers):
         self._own: dict[int, tuple[float, int]] = {}
         self._asked: list[SkipCost] = []
         self._broken = self._fresh = False
+
+    def state(self) -> dict[str, Any]:
+        """What was learned and spent so far, as plain JSON; what a segment keeps to itself is not in it."""
+        return {
+            "bands": [[*band, *learned] for band, learned in self._bands.items()],
+            "table": [list(entry) for entry in self._table.items()],
+            "finished": [*self._finished, *self._spent.values()],
+            "measured": self.measured,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Takes over what ``state`` of the same run gave."""
+        self.reset()
+        self._bands = {(points, band): (mean, count) for points, band, mean, count in state["bands"]}
+        self._table = {step: sigma for step, sigma in state["table"]}
+        self._finished, self.measured = list(state["finished"]), state["measured"]
 
     @property
     def nbytes(self) -> int:

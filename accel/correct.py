@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,20 @@ class ResidualCorrection:
         self._places: dict[tuple, tuple[Tensor, ...]] = {}
         self._waiting: list[tuple[int, tuple[float, ...], tuple[bool, ...], Tensor]] = []
         self._knots: dict[int, list[tuple[float, Tensor]]] = defaultdict(list)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The first segment's trajectory, knots ``[n, ...]`` fp64 of every latent frame, and marks as plain JSON."""
+        self._settle()
+        knots = {str(frame): torch.stack([sketch for _, sketch in known]) for frame, known in self._knots.items()}
+        levels = {str(frame): [sigma for sigma, _ in known] for frame, known in self._knots.items()}
+        return knots, {"levels": levels, "cuts": sorted(self._cuts), "share": self._share}
+
+    def load(self, knots: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Takes over what ``state`` of the same run gave."""
+        self.reset()
+        self._cuts, self._share = set(facts["cuts"]), facts["share"]
+        for frame, levels in facts["levels"].items():
+            self._knots[int(frame)] = list(zip(levels, knots[frame].unbind(0), strict=True))
 
     @property
     def nbytes(self) -> int:

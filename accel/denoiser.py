@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -51,4 +52,17 @@ class Denoiser(Protocol):
     @property
     def kept_bytes(self) -> int:
         """Bytes of the K/V that are kept where a configuration says so; 0 where none does."""
+        ...
+
+
+class KeepsState(Protocol):
+    """What a denoiser, or the K/V store behind it, also offers where something of it crosses the border between two
+    segments; a run on a model that recomputes its history goes on without it."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next segment needs, by name; views, read before the next call. Empty before the first."""
+        ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over, before the first call, what ``state`` of another object for the same run gave; host tensors."""
         ...

@@ -27,6 +27,7 @@ from .kv.frozen import FrozenConfig, FrozenWindow
 from .policy import FixedPolicy, Policy, ThresholdPolicy, TriModalPolicy, told_reason
 from .predict import Guards, hold, predict
 from .readback import Readback
+from .run_state import Resumable
 from .signals import (
     HOST_SIGNALS,
     SIGNALS,
@@ -40,7 +41,7 @@ from .timeline import Timeline
 __all__ = ["Acceleration", "Denoiser", "HistoryGuidedConfig", "Run", "SchedulerConfig"]
 
 
-class Run(ChunkSteps):
+class Run(ChunkSteps, Resumable):
     """State of one sampling run. ``begin_segment`` before the first call of each segment, then ``step`` for every
     call."""
 

@@ -236,29 +236,32 @@ class FixedPolicy(Answers):
         decisions: ``Decision`` members or their values (``"cache"``, ``"predict"``, ``"recompute"``).
         rewind: whether ``reset`` starts the list again (one list for every segment) or keeps the place (one list for
             the whole run).
+
+    Attributes:
+        place: entries used up.
     """
 
     def __init__(self, decisions: Iterable[Decision | str], rewind: bool = True) -> None:
         self.decisions = tuple(Decision(entry) for entry in decisions)
         self.rewind = rewind
-        self._place = 0
+        self.place = 0
         super().__init__(None)
 
     def reset(self) -> None:
         """A new segment starts."""
         super().reset()
         if self.rewind:
-            self._place = 0
+            self.place = 0
 
     def force(self) -> None:
         """This call was recomputed by force; its entry is passed over."""
         super().force()
-        self._place += 1
+        self.place += 1
 
     def decide(self, discrepancy: float = 0.0, can_cache: bool = True, can_predict: bool = True) -> Decision:
         """The next entry of the list."""
-        planned = self.decisions[self._place] if self._place < len(self.decisions) else Decision.RECOMPUTE
-        self._place += 1
+        planned = self.decisions[self.place] if self.place < len(self.decisions) else Decision.RECOMPUTE
+        self.place += 1
         return self._planned(planned, discrepancy, can_cache, can_predict)
 
 

@@ -110,6 +110,7 @@ def diffusion_forcing(
     history_noise: float = 0.0,
     prefix: Tensor | None = None,
     progress: Progress | None = None,
+    finished: Sequence[Tensor] = (),
 ) -> Iterator[Segment]:
     """Diffusion forcing over overlapping segments (SkyReels-V2); ``plan.ar_step`` 0 is synchronous.
 
@@ -122,9 +123,12 @@ def diffusion_forcing(
             only (SkyReels' ``addnoise_condition`` / 1000; private generator), in [0, 1).
         prefix: ``[B, C, T0, H, W]`` clean latents that the first segment continues (T0 a multiple of the block).
         progress: called after every call with the call and the segment's latents.
+        finished: latents of the segments that were finished before, as they were given out, of a run whose state
+            (``Run.load``) was taken over; they are not made or given out again.
 
     Raises:
-        ValueError: noise that does not match the plan, an unknown solver, or a level outside [0, 1).
+        ValueError: noise that does not match the plan, an unknown solver, a level outside [0, 1), or finished latents
+            that do not fit.
     """
     if noise.ndim != 5 or noise.shape[2] != plan.frames:
         raise ValueError(
@@ -142,6 +146,10 @@ def diffusion_forcing(
         video[:, :, :given] = prefix
     for index, (start, end, overlap) in enumerate(plan.intervals()):
         clean = given if index == 0 else overlap
+        if index < len(finished):
+            _check_finished(index, finished[index], video[:, :, start + clean : end])
+            video[:, :, start + clean : end] = finished[index]
+            continue
         latents = _denoise_segment(
             run, index, start, clean, video[:, :, start:end], plan, levels, solver, history_noise, progress
         )
@@ -174,6 +182,7 @@ def causal_blocks(
     renoise_seed: int | None = None,
     prefix: Tensor | None = None,
     progress: Progress | None = None,
+    finished: Sequence[Tensor] = (),
 ) -> Iterator[Segment]:
     """Block-causal generation with a K/V store behind the denoiser; after each block its clean K/V are committed.
 
@@ -185,6 +194,7 @@ def causal_blocks(
         renoise_seed: None follows the ODE with Euler; a seed re-noises with fresh noise after every step as core's
             ``ar_video`` does (generator seed + block * 1000 + step).
         prefix: ``[B, C, T0, H, W]`` clean latents to continue (image-to-video), committed in one prefill call.
+        finished: latents of the blocks that were finished before, as in ``diffusion_forcing``.
     """
     if noise.ndim != 5 or block < 1:
         raise ValueError(
@@ -194,10 +204,13 @@ def causal_blocks(
         )
     levels = noise_table(table)
     start = 0 if prefix is None else prefix.shape[2]
-    if prefix is not None:
+    if prefix is not None and not finished:
         run.step(_whole(Kind.PREFILL, 0, 0, start, 0, levels), prefix)
     for index, first in enumerate(range(start, noise.shape[2], block)):
         last = min(first + block, noise.shape[2])
+        if index < len(finished):
+            _check_finished(index, finished[index], noise[:, :, first:last])
+            continue
         run.begin_segment(index, last - first, 0, last - first, levels)
         latents = _denoise_block(run, index, first, noise[:, :, first:last], levels, renoise_seed, progress)
         commit = _whole(Kind.COMMIT, index, levels.numel() - 1, last - first, first, levels)
@@ -205,6 +218,14 @@ def causal_blocks(
         if progress is not None:
             progress(commit, latents)
         yield Segment(index, first, last, latents)
+
+
+def _check_finished(index: int, latents: Tensor, place: Tensor) -> None:
+    if latents.shape != place.shape:
+        raise ValueError(
+            f"Finished segments: the latents of segment {index} are {tuple(latents.shape)}, this run needs "
+            f"{tuple(place.shape)} there; give those of a run with the same plan and noise."
+        )
 
 
 def _denoise_segment(run, index, start, clean, x, plan, levels, solver, history_noise, progress) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -73,7 +75,7 @@ class TinyDenoiser:
         if call.queries is not None:
             store = self._kept.view(call.queries, call.frames)
         elif self.model.config.causal_ar:
-            store = self._open(call, x)
+            store = self._open(call.offset + x.shape[2])
             positions = positions + (store.begin(call.offset, last - first) if self._bounded else call.offset)
         told = self._told(call, x)[:, asked]
         return self._twice(x[:, :, asked]), self._twice(told), self.context, positions, store
@@ -127,6 +129,13 @@ class TinyDenoiser:
         kept = self._store if self._bounded else self._kept
         return 0 if kept is None else kept.nbytes
 
+    def state(self) -> dict[str, Tensor]:
+        return {} if self._store is None else self._store.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            self._open(self._rollout).load(state)
+
     def feature_flops(self, kind: str, call: Call, frames: int) -> int:
         if kind == "latent":
             return 0
@@ -140,7 +149,12 @@ class TinyDenoiser:
 
     def sized(self, x: Tensor) -> TinyDenoiser:
         """Remembers the latents' size, which the FLOP count needs; returns itself."""
-        self._tokens_per_frame, self._batch = _tokens(x), x.shape[0]
+        self._grid, self._batch, self._element = (
+            (x.shape[3] // PATCH, x.shape[4] // PATCH),
+            x.shape[0],
+            x.element_size(),
+        )
+        self._tokens_per_frame = _tokens(x)
         return self
 
     def _told(self, call: Call, x: Tensor) -> Tensor:
@@ -159,19 +173,19 @@ class TinyDenoiser:
     def _twice(self, x: Tensor) -> Tensor:
         return x if self.branches == 1 else torch.cat((x, x))
 
-    def _open(self, call: Call, x: Tensor) -> KVStore | KVMemory:
+    def _open(self, frames: int) -> KVStore | KVMemory:
+        """The store, made at first; ``frames`` of room where nobody said how long the video is."""
+        config, frames = self.model.config, self._rollout or frames
         if self._store is None and self._bounded:
-            config = self.model.config
             head_dim = config.dim // config.num_heads
             shape = StoreShape(
-                config.num_layers, config.num_heads, head_dim, (x.shape[3] // PATCH, x.shape[4] // PATCH), x.shape[0],
-                x.element_size(), TimeRotary.of_wan(head_dim),
+                config.num_layers, config.num_heads, head_dim, self._grid, self._batch, self._element,
+                TimeRotary.of_wan(head_dim),
             )  # fmt: skip
             budget, *attention = self._memory
-            self._store = make_memory(budget, shape, self.branches, config.block, self._rollout, *attention)
+            self._store = make_memory(budget, shape, self.branches, config.block, frames, *attention)
         if self._store is None:
-            frames = self._rollout or call.offset + x.shape[2]
-            self._store = KVStore(self.model.config.num_layers, frames * _tokens(x))
+            self._store = KVStore(config.num_layers, frames * self._tokens_per_frame)
         return self._store
 
 

@@ -1,5 +1,5 @@
 """The nodes of the pack, by file: accelerate (one choice), acceleration, windows and memory (describe), sampler (run),
-timeline and compare (show), tiny (the demo models)."""
+stream (files while it runs), timeline and compare (show), tiny (the demo models)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from .acceleration import ACCELERATION_NODES
 from .compare import COMPARE_NODES
 from .memory import MEMORY_NODES
 from .sampler import SAMPLER_NODES
+from .stream import STREAM_NODES
 from .timeline import TIMELINE_NODES
 from .tiny import TINY_NODES
 from .windows import WINDOW_NODES
@@ -18,6 +19,6 @@ from .windows import WINDOW_NODES
 class ARVideoAccelerator(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
-            *ACCELERATE_NODES, *SAMPLER_NODES, *ACCELERATION_NODES, *WINDOW_NODES, *MEMORY_NODES, *TIMELINE_NODES,
-            *COMPARE_NODES, *TINY_NODES,
+            *ACCELERATE_NODES, *SAMPLER_NODES, *STREAM_NODES, *ACCELERATION_NODES, *WINDOW_NODES, *MEMORY_NODES,
+            *TIMELINE_NODES, *COMPARE_NODES, *TINY_NODES,
         ]  # fmt: skip

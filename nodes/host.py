@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -24,8 +26,10 @@ from ..accel.call import Call
 from ..accel.engine import Acceleration, Run
 from ..accel.timeline import Timeline
 from .host_denoiser import CausalHostDenoiser, HostDenoiser, per_frame_sampling
+from .host_identity import describe_run, graph_digest
 from .host_kv import BoundedHostDenoiser, with_own_store
 from .host_live import Audience
+from .host_stream import SegmentStream
 from .job import CAUSAL, CLIP, NODE, Job
 
 PREVIEW_SECONDS = 0.25
@@ -85,10 +89,10 @@ def video_latent(model: Any, latent: dict[str, Any]) -> dict[str, Any]:
 
 def sample_segments(
     model: Any, positive: list, negative: list, latent: dict[str, Any], job: Job, acceleration: Acceleration,
-    timeline: Timeline, hidden: Any = None,
+    timeline: Timeline, hidden: Any = None, stream: SegmentStream | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Runs ``job`` and returns the LATENT; ``timeline`` is filled on the way, before the eyes of whom ``hidden`` (the
-    node's hidden inputs ``prompt`` and ``extra_pnginfo``) names."""
+    node's hidden inputs ``prompt`` and ``extra_pnginfo``) names, and finished segments go into ``stream``."""
     samples, given = latent["samples"], 0
     if job.mode == CAUSAL:
         _check_one_branch(model, positive)
@@ -103,13 +107,14 @@ def sample_segments(
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(job.cfg)
-    video = guider.sample(
-        comfy.sample.prepare_noise(samples, job.seed, latent.get("batch_index")),
-        samples,
-        SegmentSampler(job, acceleration, timeline, Progress(model, job.calls(given), audience)),
-        job.table.float(),
-        seed=job.seed,
-    )
+    sampler = SegmentSampler(job, acceleration, timeline, Progress(model, job.calls(given), audience))
+    if stream is not None:
+        graph = getattr(hidden, "prompt", None)
+        above = {name: graph_digest(graph, audience.node, name) for name in ("model", "positive", "negative")}
+        told = {"positive": positive, "negative": negative, "start frames": _start_latent(model.model_options)}
+        sampler.stream, sampler.describe = stream, partial(describe_run, model, told, above=above)
+    noise = comfy.sample.prepare_noise(samples, job.seed, latent.get("batch_index"))
+    video = guider.sample(noise, samples, sampler, job.table.float(), seed=job.seed)
     audience.tell(done=True)
     return latent | {"samples": video.to(comfy.model_management.intermediate_device())}
 
@@ -146,6 +151,8 @@ class SegmentSampler(comfy.samplers.Sampler):
 
     def __init__(self, job: Job, acceleration: Acceleration, timeline: Timeline, progress: Progress) -> None:
         self.job, self.acceleration, self.timeline, self.progress = job, acceleration, timeline, progress
+        self.stream: SegmentStream | None = None
+        self.describe: Callable[..., dict[str, Any]] | None = None
 
     @torch.no_grad()
     def sample(
@@ -160,18 +167,33 @@ class SegmentSampler(comfy.samplers.Sampler):
             if prefix is not None:
                 prefix = model_wrap.inner_model.process_latent_in(prefix).to(start).expand(len(start), -1, -1, -1, -1)
             if self.job.own_store(self.acceleration):
-                denoiser = BoundedHostDenoiser(model_wrap, extra_args, start, self.acceleration, self.job.block)
-                self.timeline.settings["K/V"] = denoiser.memory.note()
+                calls = self.job.plan.steps + 1
+                denoiser = BoundedHostDenoiser(model_wrap, extra_args, start, self.acceleration, self.job.block, calls)
+                self.timeline.settings |= denoiser.notes()
             else:
                 denoiser = CausalHostDenoiser(model_wrap, extra_args, start)
         else:
             denoiser = HostDenoiser(model_wrap, extra_args, start, shares_time=self.job.mode == CLIP)
         run = Run(self.acceleration, denoiser, self.timeline)
-        self.progress.begin(start, prefix)
         pieces = [] if prefix is None else [prefix]
-        for segment in self.job.segments(run, start, self.progress, prefix):
+        finished = self._resume(run, model_wrap, start, prefix)
+        pieces += finished
+        self.progress.begin(start, torch.cat(pieces, 2) if pieces else None, self.timeline.totals()["iterations"])
+        segments = self.job.segments(run, start, self.progress, prefix, finished)
+        for segment in segments if self.stream is None else self.stream.carry(segments, run):
             pieces.append(segment.latents)
+            if isinstance(denoiser, BoundedHostDenoiser):
+                self.timeline.settings |= denoiser.notes()
         return torch.cat(pieces, 2)
+
+    def _resume(self, run: Run, model_wrap: Any, start: Tensor, prefix: Tensor | None) -> list[Tensor]:
+        """Latents of the segments that an earlier run of the same description finished; ``run`` stands behind them."""
+        if self.stream is None:
+            return []
+        description = self.describe(start=start, job=self.job, acceleration=self.acceleration)
+        to_latent = model_wrap.inner_model.process_latent_out
+        finished = self.stream.begin(run, description, model_wrap.model_patcher, to_latent, prefix)
+        return [latents.to(start) for latents in finished]
 
 
 class Progress:
@@ -184,13 +206,14 @@ class Progress:
         self.calls, self.done, self.shown = calls, 0, 0.0
         self.previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
 
-    def begin(self, x: Tensor, prefix: Tensor | None) -> None:
-        """A run over latents like ``x`` ``[B, C, T, H, W]`` starts."""
+    def begin(self, x: Tensor, known: Tensor | None, done: int = 0) -> None:
+        """A run over latents like ``x`` ``[B, C, T, H, W]`` starts, of which the first are ``known`` and ``done`` calls
+        are made."""
         self.strip = torch.zeros_like(x[0])
-        self.reached = 0
-        if prefix is not None:
-            self.reached = prefix.shape[2]
-            self.strip[:, : self.reached] = prefix[0]
+        self.reached, self.done = 0, done
+        if known is not None:
+            self.reached = known.shape[2]
+            self.strip[:, : self.reached] = known[0]
 
     def __call__(self, call: Call, latents: Tensor) -> None:
         """After every call, with the latents of the segment."""

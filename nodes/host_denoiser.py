@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.ldm.common_dit
@@ -231,6 +232,18 @@ class CausalHostDenoiser(HostDenoiser):
             for cache in self.kv_caches:
                 cache["end"] = end
         return velocity_of(x, denoised, levels)
+
+    def state(self) -> dict[str, Tensor]:
+        kept = ((f"{layer}.{key}", cache[key][:, : cache["end"]]) for layer, cache in enumerate(self.kv_caches)
+                for key in ("k", "v"))  # fmt: skip
+        return dict(kept)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in state.items():
+            layer, _, key = name.partition(".")
+            cache = self.kv_caches[int(layer)]
+            cache[key][:, : tensor.shape[1]] = tensor.to(cache[key])
+            cache["end"] = tensor.shape[1]
 
     def _keys(self, call: Call, frames: int) -> int | None:
         return (call.offset + frames) * self.tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from server import PromptServer
 from torch import Tensor
 
 TINY_MODELS = Path(__file__).parents[1] / "demo" / "weights" / "diffusion_models"
+RUN = "_run"  # ends the name of a folder with a run in progress
 _WAN = comfy.latent_formats.Wan21()
 
 
@@ -64,6 +66,27 @@ def stays_in_output_folder(filename_prefix: str) -> bool:
     output = os.path.abspath(folder_paths.get_output_directory())
     folder = os.path.abspath(os.path.join(output, os.path.dirname(os.path.normpath(filename_prefix))))
     return folder == output or folder.startswith(output + os.sep)
+
+
+def new_run(filename_prefix: str) -> tuple[Path, str, str]:
+    """Folder for a run in progress, how the names of its results begin (with a number of its own) and their subfolder,
+    in the output folder."""
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+        filename_prefix, folder_paths.get_output_directory()
+    )
+    stem = f"{name}_{counter:05}"
+    return Path(folder, stem + RUN), stem, subfolder
+
+
+def unfinished_runs(filename_prefix: str) -> list[tuple[Path, str, str]]:
+    """Runs in progress of this prefix as ``new_run`` gave them, newest first."""
+    folder, name, _, subfolder, _ = folder_paths.get_save_image_path(
+        filename_prefix, folder_paths.get_output_directory()
+    )
+    found = re.compile(re.escape(name) + r"_\d{5,}" + re.escape(RUN))
+    runs = [path for path in Path(folder).iterdir() if found.fullmatch(path.name) and path.is_dir()]
+    runs.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return [(path, path.name.removesuffix(RUN), subfolder) for path in runs]
 
 
 def save_texts(filename_prefix: str, texts: Mapping[str, str]) -> dict[str, dict[str, str]]:

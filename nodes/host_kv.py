@@ -24,6 +24,7 @@ from ..accel.kv.budget import StoreShape
 from ..accel.kv.memory import KVMemory, make_memory
 from ..accel.kv.rotary import TimeRotary
 from .host_denoiser import HostDenoiser, velocity_of
+from .host_prompt import HostPrompt, prompt_patches, reading
 from .job import NODE
 
 WRAPPER = "arva_kv"
@@ -79,9 +80,12 @@ def with_own_store(model: Any) -> Any:
     network = model.model.diffusion_model
     _probe(network)
     clone = model.clone()
-    for index, block in enumerate(network.blocks):
-        path = f"diffusion_model.blocks.{index}.self_attn.forward"
-        clone.add_object_patch(path, _attention(block.self_attn))
+    patches = {
+        f"diffusion_model.blocks.{layer}.self_attn.forward": _attention(block.self_attn)
+        for layer, block in enumerate(network.blocks)
+    }
+    for path, patch in (patches | prompt_patches(network)).items():
+        clone.add_object_patch(path, patch)
     kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
     clone.remove_wrappers_with_key(kind, WRAPPER)
     clone.add_wrapper_with_key(kind, WRAPPER, _tell_branches)
@@ -123,12 +127,10 @@ def _tell_branches(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Tells the stores which CFG branches the batch of this call holds, in their order."""
     given = [*args, *kwargs.values()]
     options = next((one for one in given if isinstance(one, dict) and "cond_or_uncond" in one), {})
-    for store in (
-        *options.get("ar_state", {}).get("kv_caches", ()),
-        *options.get("ar_state", {}).get("crossattn_caches", ()),
-    ):
-        if isinstance(store, LayerStore | PromptKeys):
-            store.branches = list(options["cond_or_uncond"])
+    state = options.get("ar_state", {})
+    for kept in (*state.get("kv_caches", ()), *state.get("crossattn_caches", ()), state.get("arva_prompt")):
+        if isinstance(kept, LayerStore | PromptKeys | HostPrompt):
+            kept.branches = list(options["cond_or_uncond"])
     return executor(*args, **kwargs)
 
 
@@ -136,14 +138,14 @@ class BoundedHostDenoiser(HostDenoiser):
     """Causal blocks on core's ``CausalWanModel`` with the K/V in ``KVMemory``: any cfg, any batch, a budget.
 
     Args:
-        guider, extra_args, x: as of ``HostDenoiser``. acceleration: says the budget; without one all K/V are kept.
-        block: latent frames denoised together.
+        guider, extra_args, x: as of ``HostDenoiser``. acceleration: says the budget and what is read of it; without,
+            all K/V are kept and read. block: latent frames denoised together. calls: forwards of a block.
     """
 
     recomputes_history = False
 
     def __init__(
-        self, guider: Any, extra_args: dict[str, Any], x: Tensor, acceleration: Acceleration, block: int
+        self, guider: Any, extra_args: dict[str, Any], x: Tensor, acceleration: Acceleration, block: int, calls: int
     ) -> None:
         super().__init__(guider, extra_args, x)
         rows, columns = self.shape.patch[1:]
@@ -153,10 +155,15 @@ class BoundedHostDenoiser(HostDenoiser):
             (-(-x.shape[3] // rows), -(-x.shape[4] // columns)), self.batch,
             self.model.get_dtype_inference().itemsize, TimeRotary(embedder.axes_dim[0], embedder.theta),
         )  # fmt: skip
-        self.memory = make_memory(acceleration.kv_budget, shape, self.branches, block, x.shape[2])
+        self.memory = make_memory(
+            acceleration.kv_budget, shape, self.branches, block, x.shape[2], acceleration.ann, calls
+        )
         logging.info("AR Video Accelerator: K/V of %s", self.memory.note())
         self._stores = [LayerStore(self.memory, layer) for layer in range(self.shape.layers)]
-        self._prompts = [PromptKeys() for _ in range(self.shape.layers)]
+        self._prompt = None
+        if acceleration.prompt is not None and prompt_patches(self.network):
+            self._prompt = HostPrompt(acceleration.prompt)
+        self._prompts = [None if self._prompt else PromptKeys() for _ in range(self.shape.layers)]
 
     def velocity(self, call: Call, x: Tensor) -> Tensor:
         first = call.offset + call.frames[0]
@@ -164,12 +171,16 @@ class BoundedHostDenoiser(HostDenoiser):
             "start_frame": self.memory.begin(first, x.shape[2]),
             "kv_caches": self._stores,
             "crossattn_caches": self._prompts,
+            "arva_prompt": self._prompt,
         }
+        if self._prompt is not None:
+            self._prompt.fresh = call.iteration == 0
         for store in self._stores:
             store.written = 0
         try:
             levels = self._levels(call, x)
-            denoised = self.guider(x, levels[:1].expand(self.batch), **self.extra_args)
+            with reading(self._prompt):
+                denoised = self.guider(x, levels[:1].expand(self.batch), **self.extra_args)
         finally:
             self.transformer_options.pop("ar_state", None)
         if any(store.written != self.batch * self.branches for store in self._stores):
@@ -180,6 +191,15 @@ class BoundedHostDenoiser(HostDenoiser):
         if call.kind is not Kind.DENOISE:
             self.memory.commit()
         return velocity_of(x, denoised, levels)
+
+    def flops(self, call: Call, frames: int) -> int:
+        prompt = self._prompt.unread_flops() if self._prompt is not None else 0
+        return super().flops(call, frames) - self.memory.unread_flops - prompt
+
+    def notes(self) -> dict[str, str]:
+        """What the report says of the K/V."""
+        sparse = self.memory.sparse_note()
+        return {"K/V": self.memory.note()} | ({"attention": sparse} if sparse else {})
 
     @property
     def kept_bytes(self) -> int:

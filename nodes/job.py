@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
@@ -25,6 +25,8 @@ PARTS = {
     "shared_prefix": "Shared Prefix Cache",
     "chunks": "Chunk Cache",
     "kv_budget": "KV Cache Budget",
+    "ann": "ANN Attention",
+    "prompt": "ANN Attention",
 }
 
 
@@ -62,23 +64,29 @@ class Job:
                 f"{PARTS['scheduler']}: signal is {signal}, but causal blocks take history from the K/V store, which "
                 "never changes; use log-snr, current or latent."
             )
-        if self.mode != CAUSAL and acceleration.kv_budget is not None:
-            raise ValueError(
-                f"{PARTS['kv_budget']}: mode is {self.mode}, which keeps no K/V from segment to segment; use a causal "
-                "model, or remove the node (Active Frame Window keeps K/V within a segment)."
-            )
+        for part in ("kv_budget", "ann"):
+            if self.mode != CAUSAL and getattr(acceleration, part) is not None:
+                raise ValueError(
+                    f"{PARTS[part]}: mode is {self.mode}, which keeps no K/V from segment to segment; use a causal "
+                    "model, or remove the node (Active Frame Window keeps K/V within a segment)."
+                )
 
     def own_store(self, acceleration: Acceleration) -> bool:
         """Whether causal blocks need our K/V store: core's keeps everything, and one branch."""
-        return self.mode == CAUSAL and (self.cfg != 1.0 or acceleration.kv_budget is not None)
+        asked = (acceleration.kv_budget, acceleration.ann, acceleration.prompt)
+        return self.mode == CAUSAL and (self.cfg != 1.0 or any(part is not None for part in asked))
 
-    def segments(self, run: Run, noise: Tensor, progress: Progress, prefix: Tensor | None) -> Iterator[Segment]:
-        """Runs it: finished segments as they come. ``prefix`` is a clean start of the video, for causal blocks."""
+    def segments(
+        self, run: Run, noise: Tensor, progress: Progress, prefix: Tensor | None, finished: Sequence[Tensor] = ()
+    ) -> Iterator[Segment]:
+        """Runs it: finished segments as they come. ``prefix`` is a clean start of the video, for causal blocks;
+        ``finished`` are the latents of segments made before."""
         if self.mode == CAUSAL:
             seed = self.seed if self.solver == "re-noise" else None
-            return causal_blocks(run, noise, self.block, self.table, seed, prefix, progress)
+            return causal_blocks(run, noise, self.block, self.table, seed, prefix, progress, finished)
         loop = next_clip if self.mode == CLIP else diffusion_forcing
         options = {"solver": self.solver, "history_noise": self.history_noise, "progress": progress}
+        options["finished"] = finished
         return loop(run, noise, self.plan, self.table, **options)
 
     def timeline(self, acceleration: Acceleration) -> Timeline:

@@ -1,4 +1,4 @@
-"""Nodes that describe what causal models keep in memory and read from it: KV Cache Budget.
+"""Nodes that describe what causal models keep in memory and read from it: KV Cache Budget, ANN Attention.
 
 Like those of ``acceleration`` they only describe; the AR Segment Sampler reads it.
 """
@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..accel.attention.ann import AnnConfig
+from ..accel.attention.prompt import PromptConfig
 from ..accel.kv.budget import KEEPS, NODE, STORAGES, KVBudgetConfig
 from .acceleration import CATEGORY, OUTPUT, describe, inputs_of
 
+ANN = "ANN Attention"
+SPARSE = AnnConfig()
 FRAMES, GIGABYTES = "latent frames", "GB"
 DEFAULT = KVBudgetConfig(frames=21)
 
@@ -70,4 +74,46 @@ class ARVAKVCacheBudget(io.ComfyNode):
         return io.NodeOutput(describe(model, kv_budget=config))
 
 
-MEMORY_NODES: list[type[io.ComfyNode]] = [ARVAKVCacheBudget]
+class ARVAANNAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ARVAANNAttention",
+            display_name=ANN,
+            category=CATEGORY,
+            description="Lets a causal model read only the part of a long history that is like what it is making, and "
+            "the prompt without its padding. It saves where much history is kept, and is off where that would not pay.",
+            search_aliases=["sparse attention", "annsa", "annca", "fast attention", "long video"],
+            inputs=[
+                io.Model.Input("model", tooltip="A causal autoregressive video model."),
+                io.Float.Input("density", default=SPARSE.density, min=0.01, max=1.0, step=0.01, round=0.001,
+                               tooltip="Share of the history each query reads, beside the first and the latest frames; "
+                               "1 reads all. Above 0.65 it cannot pay."),
+                io.Int.Input("shortest", default=0, min=0, max=100000, advanced=True,
+                             tooltip="Latent frames of history below which everything is read; 0 takes the length from "
+                             "which it pays."),
+                io.Int.Input("bits", default=SPARSE.bits, min=1, max=16, advanced=True,
+                             tooltip="Random projections by which tokens are found to be alike."),
+                io.Combo.Input("groups", options=["head", "all"], default=SPARSE.groups, advanced=True,
+                               tooltip="Whether every head selects for itself, or all share one selection."),
+                io.Boolean.Input("collapse_prompt", default=True, advanced=True,
+                                 tooltip="Read the prompt's padding as one token that weighs as much; exact."),
+                io.Float.Input("prompt_share", default=1.0, min=0.01, max=1.0, step=0.01, round=0.001, advanced=True,
+                               tooltip="Share of the prompt's words a block reads in each layer, those it looks at "
+                               "most; 1 reads all."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip=OUTPUT)],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: io.Model.Type, density: float, shortest: int = 0, bits: int = SPARSE.bits,
+        groups: str = SPARSE.groups, collapse_prompt: bool = True, prompt_share: float = 1.0,
+    ) -> io.NodeOutput:  # fmt: skip
+        with inputs_of(ANN, keep="prompt_share", collapse="collapse_prompt"):
+            ann = AnnConfig(density, bits, shortest=shortest or None, groups=groups)
+            prompt = PromptConfig(collapse_prompt, prompt_share)
+        return io.NodeOutput(describe(model, ann=ann, prompt=prompt))
+
+
+MEMORY_NODES: list[type[io.ComfyNode]] = [ARVAKVCacheBudget, ARVAANNAttention]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from .acceleration import CATEGORY, described
 from .host import model_regime, model_shift, sample_segments, video_latent
+from .host_stream import SegmentStream
 from .job import MODES, SOLVERS, make_job
+from .stream import StreamType
 from .timeline import TimelineType
 
 
@@ -54,6 +56,8 @@ class ARVASegmentSampler(io.ComfyNode):
                                tooltip="Noise level that finished frames are shown to the model with; a little (0.02) "
                                "can steady long videos."),
                 io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels instead of steps and shift; end at 0."),
+                StreamType.Input("stream", optional=True, tooltip="Stream Segments: the video on disk while it is "
+                                 "made, and runs that can be resumed."),
             ],
             outputs=[
                 io.Latent.Output("latent", display_name="latent", tooltip="The finished video latent."),
@@ -65,7 +69,7 @@ class ARVASegmentSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, positive, negative, latent_image, **widgets) -> io.NodeOutput:
+    def execute(cls, model, positive, negative, latent_image, stream=None, **widgets) -> io.NodeOutput:
         widgets.setdefault("sigmas", None)
         regime = model_regime(model)
         latent = video_latent(model, latent_image)
@@ -73,9 +77,14 @@ class ARVASegmentSampler(io.ComfyNode):
         acceleration = described(model)
         job.check(acceleration)
         timeline = job.timeline(acceleration)
-        latent = sample_segments(model, positive, negative, latent, job, acceleration, timeline, cls.hidden)
+        outlet = None if stream is None else SegmentStream(stream, cls.hidden)
+        latent = sample_segments(model, positive, negative, latent, job, acceleration, timeline, cls.hidden, outlet)
         logging.info(timeline.log_line())
-        return io.NodeOutput(latent, timeline, timeline.summary())
+        if outlet is None:
+            return io.NodeOutput(latent, timeline, timeline.summary())
+        report = f"{timeline.summary()}\n{outlet.finish(latent['samples'])}"
+        shown = ui.PreviewVideo(outlet.results) if outlet.results else None
+        return io.NodeOutput(latent, timeline, report, ui=shown)
 
 
 SAMPLER_NODES: list[type[io.ComfyNode]] = [ARVASegmentSampler]

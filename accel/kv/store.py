@@ -6,6 +6,8 @@ the end. So a skipped forward leaves the bookkeeping exactly as the forward woul
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,19 @@ class KVStore:
         keys[:, self.end : last] = key
         values[:, self.end : last] = value
         return keys[:, :last], values[:, :last]
+
+    def state(self) -> dict[str, Tensor]:
+        """The committed keys and values of every layer, ``[B, tokens, heads, head_dim]``, as views."""
+        kept = [(f"{layer}.{name}", tensor) for layer, slot in enumerate(self._slots) if slot is not None
+                for name, tensor in zip(("key", "value"), slot, strict=True)]  # fmt: skip
+        return {name: tensor[:, : self.end] for name, tensor in kept}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what ``state`` of a store for the same rollout gave."""
+        for layer in range(len(self._slots)):
+            if f"{layer}.key" in state:
+                self.append(layer, state[f"{layer}.key"], state[f"{layer}.value"])
+        self.end = next((tensor.shape[1] for tensor in state.values()), 0)
 
     def commit(self, tokens: int) -> None:
         """The last ``tokens`` written are clean and become history."""

@@ -70,16 +70,17 @@ def comfy_python(root: Path) -> Path:
 def make_base_directory(base: Path, packs: Sequence[Path]) -> list[Path]:
     """Lays out a ComfyUI base directory whose ``custom_nodes`` links to ``packs``; returns the links.
 
-    This pack is linked under its published name, others under their folder's.
+    This pack is linked under its published name, others under their folder's. What is there already stays.
     """
     for folder in MODEL_FOLDERS:
-        (base / "models" / folder).mkdir(parents=True)
+        (base / "models" / folder).mkdir(parents=True, exist_ok=True)
     for folder in ("custom_nodes", "input", "output", "temp", "user"):
-        (base / folder).mkdir()
+        (base / folder).mkdir(exist_ok=True)
     links = []
     for pack in packs:
         link = base / "custom_nodes" / (PACK_NAME if pack == PACK_ROOT else pack.name)
-        link.symlink_to(pack.absolute())
+        if not link.is_symlink():
+            link.symlink_to(pack.absolute())
         links.append(link)
     return links
 

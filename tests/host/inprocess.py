@@ -25,6 +25,7 @@ def run_in_process(
     pack: Path | None = PACK_ROOT,
     core_nodes: str | Sequence[str] = "all",
     timeout: float = 300.0,
+    base: Path | None = None,
 ) -> Any:
     """Runs ``script`` in a fresh ComfyUI process and returns the JSON on the last line it printed.
 
@@ -39,6 +40,7 @@ def run_in_process(
         pack: the custom node pack to load, None for none.
         core_nodes: ``"all"``, or the files of ``comfy_extras`` to load (fewer load faster), e.g. ``["nodes_wan.py"]``.
         timeout: seconds until the process is ended.
+        base: the base directory, kept afterwards, where a later process goes on; a throwaway one when None.
 
     Raises:
         ScriptError: it failed, or its last line is no JSON.
@@ -48,7 +50,7 @@ def run_in_process(
         raise ScriptError("No ComfyUI found; set COMFYUI_PATH.")
     chosen = core_nodes if isinstance(core_nodes, str) else ",".join(core_nodes) or "none"
     with tempfile.TemporaryDirectory(prefix="comfy-test-", ignore_cleanup_errors=True) as folder:
-        base, work = Path(folder).resolve() / "base", Path(folder).resolve() / "work"
+        base, work = base or Path(folder).resolve() / "base", Path(folder).resolve() / "work"
         work.mkdir()
         links = make_base_directory(base, [pack] if pack else [])
         command = [str(comfy_python(root)), str(BOOTSTRAP), "--root", str(root), "--base", str(base)]

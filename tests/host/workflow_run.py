@@ -27,7 +27,10 @@ from tests.host.workflow_library import host_latents, library_latents
 
 WORKFLOWS = PACK_ROOT / "workflows"
 TARGET = PACK_ROOT / "demo" / "output" / "host"
-NAMES = ("tiny_diffusion_forcing", "tiny_chunk_cache", "tiny_next_clip", "tiny_causal", "tiny_accelerate_compare")
+NAMES = (
+    "tiny_diffusion_forcing", "tiny_chunk_cache", "tiny_next_clip", "tiny_causal", "tiny_stream",
+    "tiny_accelerate_compare",
+)  # fmt: skip
 OTHERS_WEIGHTS = ("causal_forcing_fast",)  # runs only with checkpoints that are not part of the pack
 SAMPLER, TIMELINE, VIDEO = "ARVASegmentSampler", "ARVATimeline", "SaveVideo"
 LATENT_NODE = "latent of "
@@ -59,7 +62,8 @@ class WorkflowRun:
     """What one workflow made.
 
     Attributes:
-        videos: the files its Save Video nodes saved, in the graph's order. samplers: by node id, in the graph's order.
+        videos: the files its Save Video nodes saved, then those that its samplers streamed, in the graph's order.
+        samplers: by node id, in the graph's order.
         entry: the server's history entry.
     """
 
@@ -76,6 +80,12 @@ def load_graph(name: str) -> Graph:
 def nodes_of(graph: Graph, class_type: str) -> list[str]:
     """Ids of the graph's nodes of one class."""
     return [node_id for node_id, node in graph.items() if node["class_type"] == class_type]
+
+
+def video_nodes(graph: Graph) -> list[str]:
+    """Ids of the nodes that save a video: Save Video, then samplers that stream one."""
+    streaming = [node_id for node_id in nodes_of(graph, SAMPLER) if "stream" in graph[node_id]["inputs"]]
+    return nodes_of(graph, VIDEO) + streaming
 
 
 def with_saved_latents(graph: Graph) -> Graph:
@@ -117,7 +127,7 @@ def run_graph(server: ComfyServer, graph: Graph, target: Path, timeout: float = 
             totals=json.loads(timeline.read_text())["totals"],
         )
 
-    videos = _marked(nodes_of(graph, VIDEO))
+    videos = _marked(video_nodes(graph))
     return WorkflowRun(
         videos=tuple(fetch(made[node]["images"][0], f"video{mark}.mp4") for mark, node in videos),
         samplers={node: sampled(node, mark) for mark, node in _marked(nodes_of(graph, SAMPLER))},

@@ -1,0 +1,117 @@
+"""Finished segments as videos: decoded in order, each behind the latent frames before it, and appended.
+
+Nothing of a segment stays here but its last latent frames, which the next one is decoded with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ..accel.checkpoint import Checkpoint
+from .stream import NODE, StreamSettings
+from .video_file import VideoFile
+
+
+class SegmentVideos:
+    """The growing videos of one run, one for every clip of its batch.
+
+    Args:
+        settings: of Stream Segments, with a VAE. checkpoint: the run in progress, whose notes say where the videos
+            stand. name: how the names of the files begin.
+        patcher: the MODEL, which decoding may push out of memory. to_latent: from the latents of the run to what a VAE
+            decodes. prefix: clean latents ``[B, C, T, H, W]`` at the start of the video.
+    """
+
+    def __init__(
+        self, settings: StreamSettings, checkpoint: Checkpoint, name: str, patcher: Any,
+        to_latent: Callable[[Tensor], Tensor], prefix: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.settings, self.checkpoint, self.name = settings, checkpoint, name
+        self.patcher, self.to_latent, self.prefix = patcher, to_latent, prefix
+        self._files: list[VideoFile] = []
+        self._tail: Tensor | None = None
+        self._frames = 0
+        self._ends: list[dict[str, Any]] = []
+
+    def open(self, finished: Sequence[Tensor]) -> None:
+        """Cuts the videos behind the last of the finished segments, or makes them again from the latents."""
+        noted, count = self.checkpoint.notes.get("video", {}), len(finished)
+        ends = noted.get("ends", [])[:count]
+        if not finished or noted.get("settings") != self._settings or len(ends) < count:
+            return self._make_again(finished)
+        self._files = [self._file(index) for index in range(len(noted["files"]))]
+        sizes = ends[-1]["sizes"]
+        if not all(file.holds(size) for file, size in zip(self._files, sizes, strict=True)):
+            return self._make_again(finished)
+        for file, size in zip(self._files, sizes, strict=True):
+            file.cut(size)
+        self._ends, self._frames = ends, ends[-1]["frames"]
+        for latents in (*([] if self.prefix is None else [self.prefix]), *finished):
+            self._remember(latents)
+        return None
+
+    def append(self, latents: Tensor) -> None:
+        """Decodes the next segment ``[B, C, T, H, W]`` behind the latent frames before it and appends its frames."""
+        if not self._ends and self.prefix is not None:
+            latents = torch.cat((self.prefix.to(latents), latents), 2)
+        images = self._decode(latents)
+        if len(self._files) != len(images):
+            self._files = [self._file(index) for index in range(len(images))]
+        sizes = [file.append(clip, self._frames) for file, clip in zip(self._files, images, strict=True)]
+        self._frames += images.shape[1]
+        self._remember(latents)
+        self._ends = [*self._ends, {"sizes": sizes, "frames": self._frames}]
+        names = [file.path.name for file in self._files]
+        self.checkpoint.note(video={"settings": self._settings, "files": names, "ends": self._ends})
+
+    def finish(self, metadata: Mapping[str, str]) -> list[Path]:
+        """Completes the files and says where they are."""
+        self.checkpoint.note(video={})  # a completed file cannot grow: a run cut off here makes it again
+        for file in self._files:
+            file.finish(metadata)
+        return [file.path for file in self._files]
+
+    @property
+    def _settings(self) -> list[Any]:
+        return [self.settings.format, self.settings.fps, self.settings.context]
+
+    def _make_again(self, finished: Sequence[Tensor]) -> None:
+        for latents in finished:
+            self.append(latents)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Frames ``[B, F, H, W, 3]`` of new latents, without those of the latent frames before them."""
+        vae, before = self.settings.vae, self._tail
+        given = latents if before is None else torch.cat((before.to(latents), latents), 2)
+        try:
+            images = vae.decode(self.to_latent(given))
+        finally:
+            comfy.model_management.load_models_gpu(
+                [self.patcher], memory_required=self.patcher.memory_required(list(given.shape))
+            )
+        return images if before is None else images[:, -latents.shape[2] * (vae.temporal_compression_decode() or 1) :]
+
+    def _remember(self, latents: Tensor) -> None:
+        """Keeps the last latent frames, which the next segment is decoded with."""
+        both = latents if self._tail is None else torch.cat((self._tail, latents.cpu()), 2)
+        self._tail = both[:, :, -self.settings.context :].cpu().clone() if self.settings.context else None
+
+    def _file(self, index: int) -> VideoFile:
+        mark = f"clip{index + 1}" if index else ""
+        path = Path(self.checkpoint.folder.parent, f"{self.name}_{mark}.{self.settings.format}")
+        return VideoFile(path, self.settings.fps)
+
+
+def check_vae(vae: Any, channels: int) -> None:
+    """Raises ValueError for a VAE that is none of a video model with so many latent channels."""
+    if vae.latent_dim != 3 or vae.latent_channels != channels:
+        raise ValueError(
+            f"{NODE}: vae decodes {vae.latent_channels} channels in {vae.latent_dim} dimensions, the model makes "
+            f"{channels} in 3; connect the video VAE that belongs to the model."
+        )
