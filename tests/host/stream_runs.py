@@ -5,6 +5,7 @@ Arguments: ``cases`` and the diffusion-forcing checkpoint, or ``killed`` or ``go
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -87,6 +88,14 @@ def at_every_call(act):
         yield
     finally:
         progress.__call__ = original
+
+
+def state_left() -> list[str]:
+    """Class names of per-run objects that are still alive."""
+    gc.collect()
+    kinds, package = {"Run", "SegmentSampler", "SegmentStream", "SegmentVideos", "Progress"}, pack_module().__name__
+    found = (type(thing) for thing in gc.get_objects() if type(thing).__name__ in kinds)
+    return [kind.__name__ for kind in found if kind.__module__.startswith(package)]
 
 
 def cut_off(model, at: int, act, *inputs, **named) -> None:
@@ -178,7 +187,7 @@ def cancelled(model, expected: torch.Tensor, images: torch.Tensor, totals: dict)
     vae = Watched()
     at = 8 + 6 + 3
     cut_off(model, at, comfy.model_management.interrupt_current_processing, 24, FRAMES, "cancelled", vae)
-    facts["after cancel"] = listing("cancelled")
+    facts["after cancel"], facts["state after cancel"] = listing("cancelled"), state_left()
     path = OUTPUT / "cancelled_00001_.mp4"
     facts["video after cancel"] = [len(frames_of(path)), near(path, images)]
     torn = path.with_name("torn.mp4")

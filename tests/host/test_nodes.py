@@ -306,7 +306,7 @@ def test_sampler_inputs_keep_their_order(server: ComfyServer) -> None:
     info = server.object_info("ARVASegmentSampler")["ARVASegmentSampler"]
     order = "model positive negative latent_image seed steps cfg mode segment overlap block ar_step solver shift"
     visible = {kind: names for kind, names in info["input_order"].items() if kind != "hidden"}
-    assert visible == {"required": [*order.split(), "history_noise"], "optional": ["sigmas"]}
+    assert visible == {"required": [*order.split(), "history_noise"], "optional": ["sigmas", "stream"]}
     assert info["output"] == ["LATENT", "ARVA_TIMELINE", "STRING"]
     assert info["output_name"] == ["latent", "timeline", "report"]
 

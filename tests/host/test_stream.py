@@ -59,7 +59,7 @@ def test_without_a_vae_the_latents_are_kept_as_core_saves_them(facts: dict[str, 
 
 def test_a_cancelled_run_keeps_what_is_finished_and_goes_on(facts: dict[str, Any]) -> None:
     assert facts["after cancel"] == ["cancelled_00001_.mp4", "cancelled_00001_run"]
-    assert facts["video after cancel"] == [12, True]
+    assert facts["video after cancel"] == [12, True] and facts["state after cancel"] == []
     assert facts["torn video"] == [True, True], "a torn last piece costs that piece alone"
     resumed = facts["resumed"]
     assert resumed["latents"] and resumed["calls"] and resumed["flops"] and resumed["near"]
