@@ -55,6 +55,18 @@ def against_core(checkpoint: str) -> None:
     settings = CAUSAL | {"cfg": 2.0, "steps": 16}
     latents["guided fast"], facts["guided fast"] = sample(scheduled, latent, **settings, solver="euler")
 
+    def sparse(*given, **named):
+        return node("ARVAANNAttention", model, *given, **named)[0]
+
+    latents["all read"], facts["all read"] = sample(sparse(1.0), latent, **CAUSAL | {"cfg": 2.0})
+    latents["all tokens"], facts["all tokens"] = sample(sparse(1.0, collapse_prompt=False), latent, **CAUSAL)
+    long = empty(48)
+    latents["all of long"], facts["all of long"] = sample(sparse(1.0), long, **CAUSAL)
+    latents["sparse"], facts["sparse"] = sample(sparse(0.33, 8), long, **CAUSAL)
+    latents["not worth it"], facts["not worth it"] = sample(sparse(0.7), long, **CAUSAL)
+    latents["sparse prompt"], facts["sparse prompt"] = sample(sparse(1.0, prompt_share=0.5), latent, **CAUSAL)
+    facts["all tokens against core"] = (latents["all tokens"] - core).abs().max().item()
+
     image = model.clone()
     image.model_options["transformer_options"]["ar_config"] = {"initial_latent": torch.randn(1, 16, 2, 8, 8)}
     single = empty(14)
@@ -72,6 +84,8 @@ def against_core(checkpoint: str) -> None:
         "room": refusal(sample, budget(model, 5.0, "latent frames", "window", 1), latent, **CAUSAL),
         "part": refusal(budget, model, 9.5, "latent frames", "window", 1),
         "offload": refusal(budget, model, 9.0, "latent frames", "window", 1, 0, "model", 4),
+        "density": refusal(sparse, 0.0),
+        "prompt": refusal(sparse, 0.5, collapse_prompt=False, prompt_share=0.5),
         "trained": refusal(budget, model, 9.0, "latent frames", "window", 1, trained_frames=0),
     }
     changed = model.clone()
@@ -96,6 +110,7 @@ def other_dtypes(checkpoint: str) -> None:
 def frames_model(checkpoint: str) -> None:
     model = comfy.sd.load_diffusion_model(checkpoint)
     facts["refusals"]["no K/V"] = refusal(sample, budget(model, 9.0, "latent frames", "window", 1), empty(20))
+    facts["refusals"]["no history"] = refusal(sample, node("ARVAANNAttention", model, 0.33)[0], empty(20))
 
 
 if __name__ == "__main__":

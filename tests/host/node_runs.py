@@ -274,7 +274,6 @@ def causal_blocks(checkpoint: str) -> None:
     facts["core causal after ours"] = torch.equal(core_sample(model, latent, sampler, sigmas, 1.0, 7), core)
     unreadable = node("ARVATriModalScheduler", model, 0.0, 0.6, "history-mod", "1", 0.75, 5, 1, 0.0)[0]
     facts["refusals"] |= {
-        "cfg": refusal(sample, model, latent),
         "unipc": refusal(sample, model, latent, **CAUSAL, solver="unipc"),
         "history signal": refusal(sample, unreadable, latent, **CAUSAL),
     }

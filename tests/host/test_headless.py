@@ -73,7 +73,7 @@ def test_video_and_timeline_are_fetched(example: tuple[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["5.cfg=2.0"], "AR Segment Sampler: cfg is 2, but ComfyUI's causal models keep K/V for one branch only"),
+        (["5.history_noise=0.5"], "AR Segment Sampler: history_noise is 0.5, but causal blocks keep clean history"),
         (["2.text=red cube"], "refused"),
         (["5.steeps=9"], "the workflow has no input '5.steeps'"),
     ],

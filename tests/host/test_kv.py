@@ -62,6 +62,25 @@ def test_a_budget_that_holds_the_video_equals_core(host) -> None:
     assert facts["start image kept"]
 
 
+def test_reading_all_of_the_history_and_the_padding_as_one_token_change_nothing(host) -> None:
+    facts, latents = host
+    assert facts["all tokens against core"] < 1e-5 and facts["all tokens"]["flop_ratio"] == 1.0
+    assert difference(latents["all read"], latents["guided"]) < 1e-4
+    assert 1.0 < facts["all read"]["flop_ratio"] < 1.2
+
+
+def test_reading_less_computes_less_and_changes_something(host) -> None:
+    facts, latents = host
+    for name, whole in (("sparse", "all of long"), ("sparse prompt", "all tokens")):
+        assert facts[name]["flop_ratio"] > facts[whole]["flop_ratio"] >= 1.0
+        assert 1e-4 < (latents[name] - latents[whole]).norm() / latents[whole].norm() < 1.0
+
+
+def test_where_sparse_attention_cannot_pay_it_is_off(host) -> None:
+    _, latents = host
+    assert torch.equal(latents["not worth it"], latents["all of long"])
+
+
 def test_nothing_is_left_behind(host) -> None:
     facts, _ = host
     assert facts["global random state untouched"] and facts["core after ours"] and facts["again"]
@@ -83,6 +102,9 @@ def test_weights_of_another_dtype_work(host) -> None:
         ("offload", "KV Cache Budget: offload is 4"),
         ("trained", "KV Cache Budget: frames 9, gigabytes 0.0, sink 1"),
         ("changed core", "AR Segment Sampler: this ComfyUI's causal Wan model has changed (no norm_k)"),
+        ("density", "ANN Attention: density is 0.0"),
+        ("prompt", "ANN Attention: prompt_share is 0.5 with collapse_prompt off"),
+        ("no history", "ANN Attention: mode is diffusion forcing, which keeps no K/V"),
         ("no K/V", "KV Cache Budget: mode is diffusion forcing, which keeps no K/V"),
     ],
 )
