@@ -55,6 +55,15 @@ class Denoiser(Protocol):
         ...
 
 
+class LowersMemory(Protocol):
+    """What a denoiser with a K/V budget also offers."""
+
+    def lower(self) -> str | None:
+        """Gives up a part of the K/V, between two blocks or in the middle of one that is then begun anew. Returns what
+        is kept from now on, in words, or None where nothing can be given up."""
+        ...
+
+
 class KeepsState(Protocol):
     """What a denoiser, or the K/V store behind it, also offers where something of it crosses the border between two
     segments; a run on a model that recomputes its history goes on without it."""

@@ -8,10 +8,11 @@ run's seed and the place in the run, so they are drawn again.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .timeline import Timeline
@@ -57,6 +58,29 @@ class Resumable:
             trajectory, facts["correction"] = self._correction.state()
             tensors |= {CORRECTION + name: tensor for name, tensor in trajectory.items()}
         return RunState(tensors, facts)
+
+    def within_memory(self, segment: int, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` returns. Where it runs out of memory and the denoiser has a K/V budget, that is lowered, what
+        was recorded of the attempt is dropped, and it is made once more."""
+        records, full = len(self.timeline.records), self.timeline.flops_full
+        place = self._replay.place if self._replay is not None else 0
+        try:
+            return make()
+        except torch.OutOfMemoryError:
+            if not hasattr(self.denoiser, "lower"):
+                raise
+        lowered = self.denoiser.lower()
+        if lowered is None:
+            raise torch.OutOfMemoryError(
+                f"Segment {segment} does not fit the memory, and its K/V budget is as low as it can be: use a smaller "
+                "video, smaller blocks, 8-bit storage or cfg 1."
+            )
+        del self.timeline.records[records:]
+        self.timeline.flops_full = full
+        if self._replay is not None:
+            self._replay.place = place
+        self.timeline.settings["out of memory"] = f"segment {segment} was made again with {lowered}"
+        return make()
 
     def load(self, state: RunState) -> None:
         """Goes on where another run with the same settings stood; call before the first step."""

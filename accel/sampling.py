@@ -195,6 +195,8 @@ def causal_blocks(
             ``ar_video`` does (generator seed + block * 1000 + step).
         prefix: ``[B, C, T0, H, W]`` clean latents to continue (image-to-video), committed in one prefill call.
         finished: latents of the blocks that were finished before, as in ``diffusion_forcing``.
+
+    A block that runs out of memory is denoised once more with a smaller K/V budget, where the denoiser has one.
     """
     if noise.ndim != 5 or block < 1:
         raise ValueError(
@@ -211,12 +213,8 @@ def causal_blocks(
         if index < len(finished):
             _check_finished(index, finished[index], noise[:, :, first:last])
             continue
-        run.begin_segment(index, last - first, 0, last - first, levels)
-        latents = _denoise_block(run, index, first, noise[:, :, first:last], levels, renoise_seed, progress)
-        commit = _whole(Kind.COMMIT, index, levels.numel() - 1, last - first, first, levels)
-        run.step(commit, latents)
-        if progress is not None:
-            progress(commit, latents)
+        given = (index, first, noise[:, :, first:last], levels, renoise_seed, progress)
+        latents = run.within_memory(index, lambda given=given: _commit_block(run, *given))
         yield Segment(index, first, last, latents)
 
 
@@ -260,6 +258,17 @@ def _noised(window: Tensor, clean: int, level: float, generator: torch.Generator
     history = window[:, :, :clean]
     noise = torch.randn(history.shape, generator=generator, device=window.device, dtype=torch.float32).to(window.dtype)
     return torch.cat((torch.lerp(history, noise, level), window[:, :, clean:]), 2)
+
+
+def _commit_block(run, index, offset, x, levels, renoise_seed, progress) -> Tensor:
+    frames = x.shape[2]
+    run.begin_segment(index, frames, 0, frames, levels)
+    latents = _denoise_block(run, index, offset, x, levels, renoise_seed, progress)
+    commit = _whole(Kind.COMMIT, index, levels.numel() - 1, frames, offset, levels)
+    run.step(commit, latents)
+    if progress is not None:
+        progress(commit, latents)
+    return latents
 
 
 def _denoise_block(run, index, offset, x, levels, renoise_seed, progress) -> Tensor:

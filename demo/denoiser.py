@@ -129,6 +129,9 @@ class TinyDenoiser:
         kept = self._store if self._bounded else self._kept
         return 0 if kept is None else kept.nbytes
 
+    def lower(self) -> str | None:
+        return self._store.lower(self.model.config.block) if isinstance(self._store, KVMemory) else None
+
     def state(self) -> dict[str, Tensor]:
         return {} if self._store is None else self._store.state()
 

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.ldm.wan.ar_model
+import comfy.model_management
 import comfy.patcher_extension
 import torch
 from comfy.ldm.flux.math import apply_rope1
@@ -160,6 +160,7 @@ class BoundedHostDenoiser(HostDenoiser):
         )
         logging.info("AR Video Accelerator: K/V of %s", self.memory.note())
         self._stores = [LayerStore(self.memory, layer) for layer in range(self.shape.layers)]
+        self._block = block
         self._prompt = None
         if acceleration.prompt is not None and prompt_patches(self.network):
             self._prompt = HostPrompt(acceleration.prompt)
@@ -204,6 +205,10 @@ class BoundedHostDenoiser(HostDenoiser):
     @property
     def kept_bytes(self) -> int:
         return self.memory.nbytes
+
+    def lower(self) -> str | None:
+        comfy.model_management.soft_empty_cache()
+        return self.memory.lower(self._block)
 
     def state(self) -> dict[str, Tensor]:
         return self.memory.state()

@@ -153,3 +153,43 @@ def test_a_budget_without_room_says_how_much_is_needed():
 def test_a_video_that_fits_is_kept_whole_and_no_room_is_made_beyond_it(config):
     layout = plan(config, WAN, 1, 3, 21)
     assert (layout.sink, layout.ring, layout.middle) == (0, 21, 0)
+
+
+@pytest.mark.parametrize("keep", ["window", IMPORTANCE])
+@pytest.mark.parametrize("at", [1, 9, 23, 47])
+def test_a_block_that_runs_out_of_memory_is_made_again_with_less(keep, at, monkeypatch):
+    from accel.engine import Acceleration, Run
+    from accel.kv import memory as module
+    from accel.sampling import causal_blocks
+    from accel.timeline import Timeline
+    from demo.denoiser import TinyDenoiser
+    from demo.model import TinyConfig, TinyWan
+
+    torch.manual_seed(0)
+    model = TinyWan(TinyConfig(dim=48, ffn_dim=48, num_layers=2, num_heads=2, causal_ar=True, block=2)).eval()
+    noise, calls = torch.randn(1, 16, 24, 4, 4), []
+    budget = KVBudgetConfig(frames=14, keep=keep, recent=2)
+    denoiser = TinyDenoiser(model, torch.randn(1, 8, 64), 1.0, rollout=24, budget=budget).sized(noise)
+
+    def attend(*given):
+        calls.append(given)
+        if len(calls) == 2 * at:
+            raise torch.OutOfMemoryError("as a GPU would")
+        return module.attend(*given[1:5])
+
+    monkeypatch.setattr(module, "dense", attend)
+    run = Run(Acceleration(kv_budget=budget), denoiser, Timeline())
+    made = list(causal_blocks(run, noise, 2, [1.0, 0.7, 0.4, 0.0]))
+    calls_made = run.timeline.totals()["calls"]
+    assert calls_made["recompute"] == 36 and calls_made["commit"] == 12
+    assert all(torch.isfinite(segment.latents).all() for segment in made) and len(made) == 12
+    assert f"segment {(at - 1) // 4} was made again" in run.timeline.settings["out of memory"]
+    assert denoiser.kept_bytes < make_memory(budget, denoiser._store.shape, 1, 2, 24).planned_bytes
+
+
+def test_without_a_budget_to_lower_running_out_of_memory_is_told(monkeypatch):
+    memory = make_memory(KVBudgetConfig(frames=6, sink=0), SHAPE, 1, 2, 100)
+    *_, _ = roll(memory, 5)
+    assert memory.lower(2) is not None and memory.layout.ring == 4
+    assert memory.lower(2) is not None and memory.layout.ring == 3
+    assert memory.lower(2) is None

@@ -123,6 +123,13 @@ class BoundedStore:
                 ring.remember_sink(first, frames, self._base)
         self.frames, self._block = first + frames, None
 
+    def shrink(self, layout: Layout, block: int) -> None:
+        """Keeps less from now on; a block that was begun has to be begun anew. One layer is held twice for a moment."""
+        self.layout, self._block = layout, None
+        for ring in self._rings:
+            if ring is not None:
+                ring.shrink(layout, self.frames, block)
+
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, between two blocks."""
         named = {f"{index}.{key}": value for index, ring in self._present() for key, value in ring.tensors().items()}

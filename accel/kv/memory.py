@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -119,6 +120,22 @@ class KVMemory:
         """As ``BoundedStore.commit``, for all branches."""
         for store in self.stores:
             store.commit()
+
+    def lower(self, block: int) -> str | None:
+        """Gives up a quarter of the places, the middle first; see ``denoiser.LowersMemory``."""
+        layout = self.layout
+        middle, ring = layout.middle, layout.ring
+        if middle:
+            middle = int(middle * 0.75) if middle > layout.tokens else 0
+        elif ring > block + 1:
+            ring = max(block + 1, int(ring * 0.75))
+        if (middle, ring) == (layout.middle, layout.ring):
+            return None
+        self.layout = replace(layout, middle=middle, ring=ring)
+        self.planned_bytes = len(self.stores) * self.shape.bytes(self.layout, self.config)
+        for store in self.stores:
+            store.shrink(self.layout, block)
+        return self.note()
 
     def note(self) -> str:
         """What is kept, for the report."""

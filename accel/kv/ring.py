@@ -76,7 +76,7 @@ class Ring:
         self, layout: Layout, like: Tensor, make: Callable[[Tensor, int], Slots], rotary: TimeRotary,
         middle: Middle | None,
     ) -> None:  # fmt: skip
-        self.layout, self._rotary, self._rule = layout, rotary, middle
+        self.layout, self._rotary, self._rule, self._make = layout, rotary, middle, make
         self.slots = make(like, layout.places)
         far = layout.sink * layout.tokens + layout.middle
         batch, _, heads, _ = like.shape
@@ -86,6 +86,7 @@ class Ring:
         self._bias = torch.zeros(layout.places, device=like.device) if layout.middle else None
         self.kept = 0  # tokens of the middle
         self._weighted = self._per_head = False
+        self._since = 0  # oldest latent frame behind the sink that the ring still has
         self._stands = (0, 0)  # base and edge that sink and middle are turned for
 
     @property
@@ -105,7 +106,7 @@ class Ring:
         Args:
             base: latent frame at position 0. queries: of the block, rotated, ``[B, n, heads, head_dim]``.
         """
-        gone = self.layout.pushed_out(first, frames)
+        gone = [frame for frame in self.layout.pushed_out(first, frames) if frame >= self._since]
         self._turn_far(first, first + frames - 1, base)
         if gone and self._rule is not None and self.layout.middle:
             self._keep(self._rule.absorb(layer, self._middle(), self._leaving(gone, base), queries, self.layout.middle))
@@ -152,6 +153,27 @@ class Ring:
         """A read of a video of ``frames`` so far is about to come, after one of another layer."""
         self.slots.fetch(self.filled(frames))
 
+    def shrink(self, layout: Layout, frames: int, block: int) -> None:
+        """Moves to a smaller ring in a new allocation, of a video of ``frames`` committed latent frames, of which it
+        keeps those that leave room for a ``block``. The middle stays as far as the new layout has room for it."""
+        old, tokens = self.layout, self.layout.tokens
+        slots, keep = self._make(self.slots.part(0, 0)[0], layout.places), []
+        oldest = max(layout.sink, frames - layout.ring + block)
+        for frame in (*range(min(frames, layout.sink)), *range(oldest, frames)):
+            keep.append((old.slot(frame) * tokens, layout.slot(frame) * tokens, tokens))
+        self.kept = min(self.kept, layout.middle)
+        keep.append((old.whole_frames * tokens, layout.whole_frames * tokens, self.kept))
+        for source, target, count in keep:
+            slots.write(target, *self.slots.part(source, source + count))
+        far = layout.sink * tokens + layout.middle
+        self._plain = None if self._plain is None else self._plain[:, :far].clone()
+        self._frames, self._counts = self._frames[: layout.middle].clone(), self._counts[: layout.middle].clone()
+        if self._bias is not None:
+            self._bias = self._bias.new_zeros(layout.places)
+            start = layout.whole_frames * tokens
+            self._bias[start : start + self.kept] = self._counts[: self.kept].log()
+        self.slots, self.layout, self._since = slots, layout, oldest
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything kept, by name, as it is."""
         named = {"plain": self._plain, "frames": self._frames, "bias": self._bias, "counts": self._counts}
@@ -159,14 +181,15 @@ class Ring:
 
     def numbers(self) -> dict[str, int]:
         flags = {"weighted": int(self._weighted), "per_head": int(self._per_head)}
-        return {"kept": self.kept, "base": self._stands[0], "edge": self._stands[1]} | flags
+        stands = {"base": self._stands[0], "edge": self._stands[1], "since": self._since}
+        return {"kept": self.kept} | stands | flags
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
         """Puts back what ``tensors`` and ``numbers`` gave."""
         for key, value in self.tensors().items():
             value.copy_(tensors[key])
         self.kept, self._weighted = int(numbers["kept"]), bool(numbers["weighted"])
-        self._per_head = bool(numbers["per_head"])
+        self._per_head, self._since = bool(numbers["per_head"]), int(numbers["since"])
         self._stands = (int(numbers["base"]), int(numbers["edge"]))
 
     def _turn_far(self, first: int, newest: int, base: int) -> None:
