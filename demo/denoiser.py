@@ -25,7 +25,7 @@ class TinyDenoiser:
 
     Args:
         model: the transformer; ``model.config.kind`` says which regime it was trained for.
-        context: prompt ``[B, 64, 64]``.
+        context: prompt ``[B, 64, 64]``, or several by the segment each begins at, 0 among them.
         guidance: v = u + guidance (c - u); 1 runs the conditional branch alone.
         rollout: latent frames of the whole video, for the K/V store of a causal model.
         chunk: latent frames of a chunk, to look at earlier chunks only (block-causal attention, the same in every
@@ -38,15 +38,19 @@ class TinyDenoiser:
     """
 
     def __init__(
-        self, model: TinyWan, context: Tensor, guidance: float = 2.0, rollout: int = 0, chunk: int = 0,
-        budget: KVBudgetConfig | None = None, ann: AnnConfig | None = None, calls: int = 1,
+        self, model: TinyWan, context: Tensor | Mapping[int, Tensor], guidance: float = 2.0, rollout: int = 0,
+        chunk: int = 0, budget: KVBudgetConfig | None = None, ann: AnnConfig | None = None, calls: int = 1,
     ) -> None:  # fmt: skip
         config = model.config
         self.model, self.guidance = model, guidance
         self.branches = 1 if guidance == 1.0 else 2
         self.shares_time = config.kind == "tiny-next-clip"
         self.recomputes_history = not config.causal_ar
-        self.context = context if self.branches == 1 else torch.cat((context, torch.zeros_like(context)))
+        prompts = {0: context} if isinstance(context, Tensor) else context
+        self._prompts = {
+            segment: one if self.branches == 1 else torch.cat((one, torch.zeros_like(one)))
+            for segment, one in prompts.items()
+        }
         self._rollout, self._chunk, self._memory = rollout, chunk, (budget, ann, calls)
         self._bounded = budget is not None or ann is not None
         self._kept: FrozenKV | None = None
@@ -78,7 +82,11 @@ class TinyDenoiser:
             store = self._open(call.offset + x.shape[2])
             positions = positions + (store.begin(call.offset, last - first) if self._bounded else call.offset)
         told = self._told(call, x)[:, asked]
-        return self._twice(x[:, :, asked]), self._twice(told), self.context, positions, store
+        return self._twice(x[:, :, asked]), self._twice(told), self.context(call), positions, store
+
+    def context(self, call: Call) -> Tensor:
+        """The prompt of a call's segment, ``[branches * B, 64, 64]``."""
+        return self._prompts[max(segment for segment in self._prompts if segment <= call.segment)]
 
     def guided(self, out: Tensor) -> Tensor:
         """Guided velocity ``[B, C, T, H, W]`` of the model's answers, branches as one batch."""
@@ -98,7 +106,7 @@ class TinyDenoiser:
         tokens, rotations = model.embed(x, torch.arange(call.frames[0], call.frames[1]))
         if kind == "modulated":
             return model.blocks[0].modulated(tokens, e0).unflatten(1, (x.shape[2], -1))
-        context = model.text_embedding(self.context[: len(x)])
+        context = model.text_embedding(self.context(call)[: len(x)])
         return model.blocks[0](tokens, e0, rotations, context).unflatten(1, (x.shape[2], -1))
 
     def flops(self, call: Call, frames: int) -> int:

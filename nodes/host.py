@@ -31,6 +31,7 @@ from .host_kv import BoundedHostDenoiser, with_own_store
 from .host_live import Audience
 from .host_stream import SegmentStream
 from .job import CAUSAL, CLIP, NODE, Job
+from .prompts import check_prompts
 
 PREVIEW_SECONDS = 0.25
 
@@ -94,8 +95,10 @@ def sample_segments(
     """Runs ``job`` and returns the LATENT; ``timeline`` is filled on the way, before the eyes of whom ``hidden`` (the
     node's hidden inputs ``prompt`` and ``extra_pnginfo``) names, and finished segments go into ``stream``."""
     samples, given = latent["samples"], 0
+    for prompt, used in ((positive, True), (negative, job.cfg != 1.0)):
+        check_prompts(NODE, prompt, 1 if used and job.mode == CAUSAL else None)
     if job.mode == CAUSAL:
-        _check_one_branch(model, positive)
+        _check_one_branch(model)
         given = _check_start_frames(model, samples)
         if job.own_store(acceleration):
             model = with_own_store(model)
@@ -119,12 +122,11 @@ def sample_segments(
     return latent | {"samples": video.to(comfy.model_management.intermediate_device())}
 
 
-def _check_one_branch(model: Any, positive: list) -> None:
-    if len(positive) != 1 or model.model_options.get("disable_cfg1_optimization", False):
+def _check_one_branch(model: Any) -> None:
+    if model.model_options.get("disable_cfg1_optimization", False):
         raise ValueError(
-            f"{NODE}: causal blocks keep the K/V of a branch for one prompt, but there are {len(positive)} positive "
-            "conditionings, or a node forces the negative branch at cfg 1; use a single conditioning and remove such "
-            "nodes."
+            f"{NODE}: a node on the model forces the negative prompt at cfg 1, which causal blocks keep no K/V for; "
+            "remove it, or use another cfg."
         )
 
 

@@ -21,6 +21,7 @@ from ..accel.call import Call, Kind
 from ..accel.flops import WanShape
 from ..accel.kv.frozen import frozen_bytes
 from .host_attention import ATTENTION, KeptAttention
+from .prompts import at_segment
 
 KEEP_SHARE = 0.8  # of the free memory that kept K/V may take
 
@@ -72,6 +73,7 @@ class HostDenoiser:
 
     def __init__(self, guider: Any, extra_args: dict[str, Any], x: Tensor, shares_time: bool = False) -> None:
         self.guider, self.extra_args, self.shares_time = guider, extra_args, shares_time
+        self._prompts, self._segment = guider.conds, -1
         self.model = guider.inner_model
         self.network = self.model.diffusion_model
         options = extra_args["model_options"]
@@ -82,7 +84,21 @@ class HostDenoiser:
         self.tokens = self.shape.tokens_per_frame(x.shape[3], x.shape[4])
         self._kept: KeptAttention | None = None
 
+    def show_prompt(self, segment: int) -> None:
+        """Gives the guider the prompts of a segment; see ``prompts.at_segment``."""
+        if segment == self._segment:
+            return
+        shown = {name: at_segment(entries, segment) for name, entries in self._prompts.items()}
+        told = [id(entry) for entries in shown.values() for entry in entries]
+        if self._segment >= 0 and told != [id(entry) for entries in self.guider.conds.values() for entry in entries]:
+            self.forget_prompt()
+        self.guider.conds, self._segment = shown, segment
+
+    def forget_prompt(self) -> None:
+        """The prompt changes: drops what was computed from it."""
+
     def velocity(self, call: Call, x: Tensor) -> Tensor:
+        self.show_prompt(call.segment)
         sampling, levels = self.model.model_sampling, self._levels(call, x)
         first, last = call.queries or call.frames
         asked = slice(first - call.frames[0], last - call.frames[0])
@@ -134,6 +150,7 @@ class HostDenoiser:
         """Of the conditional branch, through the model's own embedders and first block."""
         if kind == "latent":
             return x
+        self.show_prompt(call.segment)
         network, frames, dtype = self.network, x.shape[2], self.model.get_dtype_inference()
         time = self.model.model_sampling.timestep(self._levels(call, x)).float()
         time = network.time_embedding(sinusoidal_embedding_1d(network.freq_dim, time).to(dtype))
@@ -210,7 +227,11 @@ class CausalHostDenoiser(HostDenoiser):
         self.kv_caches = self.network.init_kv_caches(self.batch, capacity, x.device, dtype)
         self.crossattn_caches = self.network.init_crossattn_caches(self.batch, x.device, dtype)
 
+    def forget_prompt(self) -> None:
+        self.network.reset_crossattn_caches(self.crossattn_caches)
+
     def velocity(self, call: Call, x: Tensor) -> Tensor:
+        self.show_prompt(call.segment)
         end = self.kv_caches[0]["end"]
         written = end + x.shape[2] * self.tokens
         self.transformer_options["ar_state"] = {

@@ -164,14 +164,21 @@ class BoundedHostDenoiser(HostDenoiser):
         self._prompt = None
         if acceleration.prompt is not None and prompt_patches(self.network):
             self._prompt = HostPrompt(acceleration.prompt)
-        self._prompts = [None if self._prompt else PromptKeys() for _ in range(self.shape.layers)]
+        self._prompt_keys = [None if self._prompt else PromptKeys() for _ in range(self.shape.layers)]
+
+    def forget_prompt(self) -> None:
+        if self._prompt is not None:
+            self._prompt.attention.forget()
+        else:
+            self._prompt_keys = [PromptKeys() for _ in range(self.shape.layers)]
 
     def velocity(self, call: Call, x: Tensor) -> Tensor:
+        self.show_prompt(call.segment)
         first = call.offset + call.frames[0]
         self.transformer_options["ar_state"] = {
             "start_frame": self.memory.begin(first, x.shape[2]),
             "kv_caches": self._stores,
-            "crossattn_caches": self._prompts,
+            "crossattn_caches": self._prompt_keys,
             "arva_prompt": self._prompt,
         }
         if self._prompt is not None:

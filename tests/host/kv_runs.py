@@ -24,6 +24,7 @@ from node_runs import (  # noqa: E402
     interrupted,
     latents,
     node,
+    positive,
     refusal,
     sample,
     state_left,
@@ -67,6 +68,15 @@ def against_core(checkpoint: str) -> None:
     latents["sparse prompt"], facts["sparse prompt"] = sample(sparse(1.0, prompt_share=0.5), latent, **CAUSAL)
     facts["all tokens against core"] = (latents["all tokens"] - core).abs().max().item()
 
+    other = node("ARVATinyPrompt", "green square, blue disc")[0]
+    script = node("ARVASegmentPrompt", positive, other, 2)[0]
+    for name, given, cfg in (("told", model, 1.0), ("told small", small, 2.0), ("told sparse", sparse(1.0), 1.0)):
+        latents[name], _ = sample(given, latent, **CAUSAL | {"cfg": cfg}, positive=script)
+    facts["conditioning untouched"] = len(positive) == 1 and "arva_segment" not in positive[0][1]
+    frames_prompt = refusal(sample, model, latent, **CAUSAL, positive=script[1:])
+    facts["refusals"] = {"no first prompt": frames_prompt, "same": refusal(node, "ARVASegmentPrompt", script, other, 2)}
+    facts["refusals"]["two prompts"] = refusal(sample, model, latent, **CAUSAL, positive=[*positive, *other])
+
     image = model.clone()
     image.model_options["transformer_options"]["ar_config"] = {"initial_latent": torch.randn(1, 16, 2, 8, 8)}
     single = empty(14)
@@ -80,7 +90,7 @@ def against_core(checkpoint: str) -> None:
     facts["state after interrupt"] = state_left()
     after, _ = sample(small, latent, **CAUSAL | {"cfg": 2.0})
     facts["after interrupt"] = torch.equal(after, latents["guided window"])
-    facts["refusals"] = {
+    facts["refusals"] |= {
         "room": refusal(sample, budget(model, 5.0, "latent frames", "window", 1), latent, **CAUSAL),
         "part": refusal(budget, model, 9.5, "latent frames", "window", 1),
         "offload": refusal(budget, model, 9.0, "latent frames", "window", 1, 0, "model", 4),
@@ -109,6 +119,8 @@ def other_dtypes(checkpoint: str) -> None:
 
 def frames_model(checkpoint: str) -> None:
     model = comfy.sd.load_diffusion_model(checkpoint)
+    script = node("ARVASegmentPrompt", positive, node("ARVATinyPrompt", "green square")[0], 1)[0]
+    latents["told frames"], _ = sample(model, empty(28), positive=script)
     facts["refusals"]["no K/V"] = refusal(sample, budget(model, 9.0, "latent frames", "window", 1), empty(20))
     facts["refusals"]["no history"] = refusal(sample, node("ARVAANNAttention", model, 0.33)[0], empty(20))
 

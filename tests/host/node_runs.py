@@ -47,7 +47,8 @@ def empty(frames: int, batch: int = 1) -> dict:
 
 def sample(model, latent: dict, **changes):
     """Latents in the model's space, and the timeline's totals."""
-    out, timeline, report = node("ARVASegmentSampler", model, positive, negative, latent, **{**SETTINGS, **changes})
+    shown = changes.pop("positive", positive)
+    out, timeline, report = node("ARVASegmentSampler", model, shown, negative, latent, **{**SETTINGS, **changes})
     assert report == timeline.summary()
     return model.model.process_latent_in(out["samples"]), timeline.totals()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from accel.engine import Acceleration, Run, SchedulerConfig
 from accel.kv.budget import KVBudgetConfig
 from accel.policy import TriModalConfig
-from accel.sampling import causal_blocks
+from accel.sampling import SegmentPlan, causal_blocks, diffusion_forcing
 from accel.schedule import flow_sigmas
 from accel.timeline import Timeline
 from demo.denoiser import TinyDenoiser
@@ -62,6 +62,33 @@ def test_a_budget_that_holds_the_video_equals_core(host) -> None:
     assert facts["start image kept"]
 
 
+@pytest.mark.parametrize(
+    ("name", "cfg", "budget"), [("told", 1.0, None), ("told small", 2.0, WINDOW), ("told sparse", 1.0, None)]
+)
+def test_a_prompt_can_change_from_a_segment_on(host, checkpoints, name, cfg, budget) -> None:  # noqa: F811
+    _, latents = host
+    prompts = {0: embed_text(TEXT).expand(2, -1, -1), 2: embed_text("green square, blue disc").expand(2, -1, -1)}
+    noise = torch.randn((2, 16, 14, 8, 8), generator=torch.Generator().manual_seed(7))
+    model = load_model(checkpoints["causal"])
+    denoiser = TinyDenoiser(model, prompts, cfg, rollout=14, budget=budget).sized(noise)
+    run = Run(Acceleration(kv_budget=budget), denoiser, Timeline())
+    expected = video(causal_blocks(run, noise, 4, flow_sigmas(4, 5.0), 7))
+    assert difference(latents[name], expected) < TOLERANCE
+    same = {"told": "all tokens", "told small": "guided window", "told sparse": "all tokens"}[name]
+    assert difference(latents[name][:, :, :8], latents[same][:, :, :8]) < 1e-4
+    assert difference(latents[name][:, :, 8:], latents[same][:, :, 8:]) > 1e-2
+
+
+def test_the_prompt_of_diffusion_forcing_changes_with_the_segment_too(host, checkpoints) -> None:  # noqa: F811
+    _, latents = host
+    prompts = {0: embed_text(TEXT), 1: embed_text("green square")}
+    noise = torch.randn((1, 16, 28, 8, 8), generator=torch.Generator().manual_seed(7))
+    denoiser = TinyDenoiser(load_model(checkpoints["frames"]), prompts, 2.0).sized(noise)
+    plan = SegmentPlan(28, 16, 4, 4, 2, 8)
+    expected = video(diffusion_forcing(Run(Acceleration(), denoiser, Timeline()), noise, plan, flow_sigmas(8, 3.0)))
+    assert difference(latents["told frames"], expected) < TOLERANCE
+
+
 def test_reading_all_of_the_history_and_the_padding_as_one_token_change_nothing(host) -> None:
     facts, latents = host
     assert facts["all tokens against core"] < 1e-5 and facts["all tokens"]["flop_ratio"] == 1.0
@@ -102,6 +129,9 @@ def test_weights_of_another_dtype_work(host) -> None:
         ("offload", "KV Cache Budget: offload is 4"),
         ("trained", "KV Cache Budget: frames 9, gigabytes 0.0, sink 1"),
         ("changed core", "AR Segment Sampler: this ComfyUI's causal Wan model has changed (no norm_k)"),
+        ("no first prompt", "Segment Prompt: the first prompt begins at segment 2"),
+        ("same", "Segment Prompt: from_segment is 2, where another prompt begins already"),
+        ("two prompts", "AR Segment Sampler: causal blocks keep the K/V of a branch for one prompt"),
         ("density", "ANN Attention: density is 0.0"),
         ("prompt", "ANN Attention: prompt_share is 0.5 with collapse_prompt off"),
         ("no history", "ANN Attention: mode is diffusion forcing, which keeps no K/V"),
