@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,7 +53,7 @@ def start_noise(seeds: int | list[int], frames: int, size: int = 8) -> Tensor:
 
 def sample(
     model: TinyWan,
-    context: Tensor,
+    context: Tensor | Mapping[int, Tensor],
     noise: Tensor,
     acceleration: Acceleration | None = None,
     plan: SegmentPlan = PLAN,
@@ -65,7 +65,7 @@ def sample(
     """Diffusion forcing, or next-clip continuation for a model trained for it.
 
     Args:
-        context: prompts ``[B, 64, 64]``. noise: ``[B, 16, plan.frames, H, W]``.
+        context: prompts ``[B, 64, 64]``, or several by the segment each begins at. noise: ``[B, 16, frames, H, W]``.
         make_run: makes the engine of this run; None for one of ``acceleration``.
     """
     denoiser = TinyDenoiser(model, context, guidance).sized(noise)
@@ -83,7 +83,7 @@ def sample(
 
 def sample_causal(
     model: TinyWan,
-    context: Tensor,
+    context: Tensor | Mapping[int, Tensor],
     noise: Tensor,
     acceleration: Acceleration | None = None,
     steps: int = 50,

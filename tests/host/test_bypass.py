@@ -16,10 +16,12 @@ from tests.host.workflow_graph import ALWAYS, BYPASSED, NEVER, graph_nodes, load
 from tests.host.workflow_run import NAMES, OTHERS_WEIGHTS, SAMPLER, nodes_of
 
 ACCELERATION = (
+    "ARVAANNAttention",
     "ARVAAccelerate",
     "ARVAActiveFrameWindow",
     "ARVAChunkCache",
     "ARVAHistoryGuidedCache",
+    "ARVAKVCacheBudget",
     "ARVAResidualCorrection",
     "ARVASharedPrefixCache",
     "ARVATriModalScheduler",

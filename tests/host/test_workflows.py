@@ -43,6 +43,7 @@ SHORT = {
     "tiny_next_clip": {"frames": 28, "steps": 8, "threshold": 0.3},
     "tiny_causal": {"frames": 12},
     "tiny_stream": {"frames": 12},
+    "tiny_long_video": {"frames": 32, "from_segment": 5},
     "tiny_accelerate_compare": {"frames": 16, "steps": 8, "ar_step": 2},
 }
 

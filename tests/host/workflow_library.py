@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from accel.attention.ann import AnnConfig
 from accel.chunks import ChunkConfig
 from accel.correct import CorrectionConfig
 from accel.engine import Acceleration, HistoryGuidedConfig, SchedulerConfig
+from accel.kv.budget import KVBudgetConfig
 from accel.kv.frozen import FrozenConfig
 from accel.policy import TriModalConfig
 from accel.presets import EXACT, PRESETS, TARGET, quality_target
@@ -49,7 +51,7 @@ def library_latents(graph: dict[str, dict[str, Any]], model: TinyWan, sampler_id
         ValueError: the graph holds a setting that this reading of it does not know.
     """
     sampler = graph[sampler_id]["inputs"]
-    context, negative = (embed_text(graph[sampler[key][0]]["inputs"]["text"]) for key in ("positive", "negative"))
+    context, negative = _prompts(graph, sampler["positive"][0]), _prompts(graph, sampler["negative"][0])[0]
     frames, seed = graph[sampler["latent_image"][0]]["inputs"]["frames"], _number(graph, sampler["seed"])
     noise = generate.start_noise(seed, frames)
     if negative.any() or sampler["history_noise"] or "sigmas" in sampler:
@@ -67,6 +69,15 @@ def library_latents(graph: dict[str, dict[str, Any]], model: TinyWan, sampler_id
         plan = SegmentPlan(frames, *(sampler[key] for key in ("segment", "overlap", "block", "ar_step", "steps")))
         solver = sampler["solver"].replace("auto", "euler")
         return generate.sample(model, context, noise, acceleration, plan, solver=solver, **settings).latents
+
+
+def _prompts(graph: dict[str, dict[str, Any]], node_id: str) -> dict[int, Tensor]:
+    """The prompts of a chain of Segment Prompt, by the segment each begins at."""
+    inputs = graph[node_id]["inputs"]
+    if graph[node_id]["class_type"] == "ARVATinyPrompt":
+        return {0: embed_text(inputs["text"])}
+    (following,) = _prompts(graph, inputs["next"][0]).values()
+    return _prompts(graph, inputs["conditioning"][0]) | {inputs["from_segment"]: following}
 
 
 def _number(graph: dict[str, dict[str, Any]], value: Any) -> Any:
@@ -105,6 +116,14 @@ def _acceleration(graph: dict[str, dict[str, Any]], node_id: str, model: TinyWan
         return replace(before, frozen_window=FrozenConfig(inputs["refresh"], inputs["signal"]))
     if node["class_type"] == "ARVASharedPrefixCache":
         return replace(before, shared_prefix=FrozenConfig(inputs["refresh"], inputs["signal"]))
+    if node["class_type"] == "ARVAKVCacheBudget":
+        frames = inputs["unit"] == "latent frames"
+        size = {"frames": int(inputs["budget"])} if frames else {"gigabytes": inputs["budget"]}
+        same = {key: inputs[key] for key in ("sink", "keep", "recent", "storage", "offload")}
+        return replace(before, kv_budget=KVBudgetConfig(**size, **same, span=inputs["trained_frames"]))
+    if node["class_type"] == "ARVAANNAttention":
+        ann = AnnConfig(inputs["density"], inputs["bits"], shortest=inputs["shortest"] or None, groups=inputs["groups"])
+        return replace(before, ann=ann)
     if node["class_type"] == "ARVAChunkCache":
         thresholds = TriModalConfig(inputs["cache_below"], inputs["predict_below"], 1.0, inputs["max_skip"] or None)
         order = int(inputs["order"]) if inputs["order"].isdigit() else inputs["order"]

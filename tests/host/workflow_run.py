@@ -29,7 +29,7 @@ WORKFLOWS = PACK_ROOT / "workflows"
 TARGET = PACK_ROOT / "demo" / "output" / "host"
 NAMES = (
     "tiny_diffusion_forcing", "tiny_chunk_cache", "tiny_next_clip", "tiny_causal", "tiny_stream",
-    "tiny_accelerate_compare",
+    "tiny_long_video", "tiny_accelerate_compare",
 )  # fmt: skip
 OTHERS_WEIGHTS = ("causal_forcing_fast",)  # runs only with checkpoints that are not part of the pack
 SAMPLER, TIMELINE, VIDEO = "ARVASegmentSampler", "ARVATimeline", "SaveVideo"
