@@ -85,9 +85,16 @@ def summary(timeline: Timeline) -> str:
         cost_line(timeline),
         _error_line(timeline),
         timeline.settings.get("auto"),
+        *memory_lines(timeline),
         why_nothing_skipped(timeline),
     ]
     return "\n".join(line for line in lines if line)
+
+
+def memory_lines(timeline: Timeline) -> list[str]:
+    """What a causal model's K/V were kept and read as, where that was not simply all of them."""
+    told = {key: timeline.settings.get(key) for key in ("K/V", "attention", "out of memory")}
+    return [f"{key}: {value}" for key, value in told.items() if isinstance(value, str)]
 
 
 def why_nothing_skipped(timeline: Timeline) -> str | None:
@@ -103,6 +110,8 @@ def why_nothing_skipped(timeline: Timeline) -> str | None:
         reasons = _counted(record.forced for record in denoised)
         return f"Nothing was skipped: every call had to be computed ({reasons}); use more steps or a shorter warm-up."
     limited = [record for record in asked if record.threshold is not None]
+    if not limited and memory_lines(timeline):
+        return None
     if not limited:
         return "Nothing was skipped: no acceleration is set; connect an acceleration node to the model."
     finite = [record for record in limited if record.discrepancy is not None and math.isfinite(record.discrepancy)]

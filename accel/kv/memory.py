@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..attention.ann import AnnAttention, AnnConfig
 from ..attention.dense import attend
+from ..timeline_report import quantity
 from .bounded import Attention, BoundedStore
 from .budget import IMPORTANCE, MERGE, KVBudgetConfig, StoreShape, plan
 from .importance_redundancy import ImportanceRedundancy, ImportanceRedundancyConfig
@@ -143,7 +144,7 @@ class KVMemory:
         between = f", {layout.middle / tokens:.3g} frames' worth between ({self.config.keep})" if layout.middle else ""
         return (
             f"{layout.sink} first and {layout.ring} latest latent frames{between}, "
-            f"{self.planned_bytes / 1e9:.3g} GB in {self.config.storage} storage"
+            f"{quantity(self.planned_bytes, 'B')}{' in 8-bit storage' if self.config.storage == '8-bit' else ''}"
         )
 
     def sparse_note(self) -> str | None:
