@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import combinations
 
 import pytest
 import torch
 
+from accel.attention.ann import AnnConfig
 from accel.call import Kind
 from accel.chunks import ChunkConfig
 from accel.correct import CorrectionConfig
-from accel.engine import Acceleration, HistoryGuidedConfig, SchedulerConfig
+from accel.engine import Acceleration, HistoryGuidedConfig, Run, SchedulerConfig
+from accel.kv.budget import KVBudgetConfig
 from accel.kv.frozen import FrozenConfig
 from accel.policy import TriModalConfig
 from accel.sampling import SegmentPlan, causal_blocks, diffusion_forcing, next_clip
 from accel.schedule import flow_sigmas
+from accel.timeline import Timeline
+from demo.denoiser import TinyDenoiser
+from demo.model import TinyConfig, TinyWan
 from tests.fakes import SmoothDenoiser, make_run, video
 
 PLAN = SegmentPlan(frames=10, segment=6, overlap=2, block=2, ar_step=2, steps=8)
@@ -102,3 +108,52 @@ def test_an_illegal_subset_is_refused_with_the_reason(names):
 def test_off_is_off_in_every_combination(names, loop):
     plain, _ = sample(loop, Acceleration())
     assert torch.equal(plain, sample(loop, Acceleration(**{name: OFF[name] for name in names}))[0])
+
+
+# Causal blocks with a K/V store: what is kept and read of it goes with everything above.
+KEPT = {
+    "kv_budget": KVBudgetConfig(frames=8, keep="temporal-merge", recent=1),
+    "ann": AnnConfig(0.5, shortest=1, tile=16),
+}
+WHOLE = {"kv_budget": KVBudgetConfig(frames=16), "ann": AnnConfig(1.0)}
+PAIRS = [names for names in SUBSETS if len(names) <= 2 and legal(names)]
+LATENTS = torch.randn(1, 16, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@cache
+def causal_model() -> TinyWan:
+    torch.manual_seed(0)
+    return TinyWan(TinyConfig(dim=24, ffn_dim=24, num_layers=2, num_heads=2, causal_ar=True, block=2)).eval()
+
+
+def roll(acceleration: Acceleration, seed: int | None):
+    denoiser = TinyDenoiser(
+        causal_model(), torch.ones(1, 4, 64), 1.0, rollout=16, budget=acceleration.kv_budget, ann=acceleration.ann
+    ).sized(LATENTS)
+    run = Run(acceleration, denoiser, Timeline(row_unit="chunk", frames_per_row=2))
+    with torch.inference_mode():
+        return video(causal_blocks(run, LATENTS, 2, TABLE, seed)), run
+
+
+@pytest.mark.parametrize(
+    ("names", "kept", "seed"),
+    [(names, tuple(KEPT), None) for names in PAIRS]
+    + [(names, (part,), 1) for names in PAIRS if len(names) < 2 for part in KEPT],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else "re-noised" if value else "euler",
+)
+def test_every_pair_runs_on_a_bounded_store_and_commits_every_block(names, kept, seed):
+    acceleration = Acceleration(**{name: PARTS[name] for name in names}, **{name: KEPT[name] for name in kept})
+    out, run = roll(acceleration, seed)
+    calls = run.timeline.totals()["calls"]
+    assert bool(out.isfinite().all())
+    assert calls.pop("commit") == 8 and sum(calls.values()) == 8 * 8
+    store = run.denoiser._store
+    assert store.stores[0].frames == 16 and store.nbytes <= store.planned_bytes + sum(x.nbytes for x in store._sparse)
+    assert run.timeline.totals()["flop_ratio"] > 1.0
+
+
+@pytest.mark.parametrize("kept", [("kv_budget",), ("ann",), ("kv_budget", "ann")], ids="+".join)
+def test_keeping_and_reading_everything_changes_nothing(kept):
+    plain, _ = roll(Acceleration(), 1)
+    whole, run = roll(Acceleration(**{name: WHOLE[name] for name in kept}), 1)
+    assert torch.allclose(plain, whole, atol=1e-5) and run.timeline.totals()["flop_ratio"] == 1.0
