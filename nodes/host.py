@@ -6,8 +6,6 @@ only replaces the loop. All state of a run lives in that call and is gone when i
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,23 +15,20 @@ import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.utils
-import latent_preview
 import torch
 from comfy.ldm.wan.model import WanModel
 from torch import Tensor
 
-from ..accel.call import Call
 from ..accel.engine import Acceleration, Run
 from ..accel.timeline import Timeline
 from .host_denoiser import CausalHostDenoiser, HostDenoiser, per_frame_sampling
 from .host_identity import describe_run, graph_digest
 from .host_kv import BoundedHostDenoiser, with_own_store
 from .host_live import Audience
+from .host_progress import Progress
 from .host_stream import SegmentStream
 from .job import CAUSAL, CLIP, NODE, Job
 from .prompts import check_prompts
-
-PREVIEW_SECONDS = 0.25
 
 
 def model_regime(model: Any, node: str = NODE) -> str:
@@ -179,11 +174,11 @@ class SegmentSampler(comfy.samplers.Sampler):
         run = Run(self.acceleration, denoiser, self.timeline)
         pieces = [] if prefix is None else [prefix]
         finished = self._resume(run, model_wrap, start, prefix)
-        pieces += finished
+        pieces = [piece.cpu() for piece in (*pieces, *finished)]
         self.progress.begin(start, torch.cat(pieces, 2) if pieces else None, self.timeline.totals()["iterations"])
         segments = self.job.segments(run, start, self.progress, prefix, finished)
         for segment in segments if self.stream is None else self.stream.carry(segments, run):
-            pieces.append(segment.latents)
+            pieces.append(segment.latents.cpu())  # a long video is not kept beside the model
             if isinstance(denoiser, BoundedHostDenoiser):
                 self.timeline.settings |= denoiser.notes()
         return torch.cat(pieces, 2)
@@ -196,56 +191,3 @@ class SegmentSampler(comfy.samplers.Sampler):
         to_latent = model_wrap.inner_model.process_latent_out
         finished = self.stream.begin(run, description, model_wrap.model_patcher, to_latent, prefix)
         return [latents.to(start) for latents in finished]
-
-
-class Progress:
-    """Progress bar in model calls, the growing clip as a film strip and the growing timeline; checks for interrupts
-    between calls."""
-
-    def __init__(self, model: Any, calls: int, audience: Audience) -> None:
-        self.audience = audience
-        self.bar = comfy.utils.ProgressBar(calls)
-        self.calls, self.done, self.shown = calls, 0, 0.0
-        self.previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
-
-    def begin(self, x: Tensor, known: Tensor | None, done: int = 0) -> None:
-        """A run over latents like ``x`` ``[B, C, T, H, W]`` starts, of which the first are ``known`` and ``done`` calls
-        are made."""
-        self.strip = torch.zeros_like(x[0])
-        self.reached, self.done = 0, done
-        if known is not None:
-            self.reached = known.shape[2]
-            self.strip[:, : self.reached] = known[0]
-
-    def __call__(self, call: Call, latents: Tensor) -> None:
-        """After every call, with the latents of the segment."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        self.done += 1
-        end = call.offset + latents.shape[2]
-        self.strip[:, call.offset : end] = latents[0]
-        self.reached = max(self.reached, call.offset + call.frames[0] + _started(call))
-        self.bar.update_absolute(self.done, self.calls, self._preview())
-        self.audience.tell()
-
-    def _preview(self):
-        now = time.monotonic()
-        if self.previewer is None or (now - self.shown < PREVIEW_SECONDS and self.done < self.calls):
-            return None
-        self.shown = now
-        return self.previewer.decode_latent_to_preview_image("JPEG", mosaic(self.strip, self.reached))
-
-
-def _started(call: Call) -> int:
-    """Latent frames of the window up to the last one that has started."""
-    return max((index for index, step in enumerate(call.steps, 1) if step), default=0)
-
-
-def mosaic(strip: Tensor, frames: int) -> Tensor:
-    """The first ``frames`` of ``strip`` ``[C, T, H, W]`` in rows, as one latent ``[1, C, 1, H', W']``."""
-    channels, total, height, width = strip.shape
-    columns = math.ceil(math.sqrt(total * height / width))
-    rows = math.ceil(total / columns)
-    sheet = strip.new_zeros(channels, rows * columns, height, width)
-    sheet[:, :frames] = strip[:, :frames]
-    sheet = sheet.unflatten(1, (rows, columns)).transpose(2, 3).reshape(1, channels, 1, rows * height, columns * width)
-    return sheet
