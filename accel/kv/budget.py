@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from .head_groups import HeadGroupsConfig
 from .ring import Layout
 from .rotary import TimeRotary
 
@@ -37,7 +38,8 @@ class KVBudgetConfig:
             time than this, or than sink and ring together where those are more.
 
     Raises:
-        ValueError: a value out of range, both or neither of frames and gigabytes, or an offload without a middle.
+        ValueError: a value out of range, both or neither of frames and gigabytes, an offload without a middle, or
+            8-bit storage with head groups.
     """
 
     frames: int = 0
@@ -65,6 +67,11 @@ class KVBudgetConfig:
             raise ValueError(
                 f"{NODE}: offload is {self.offload}, which moves what is kept between sink and recent frames in the "
                 f"model's dtype; set keep to {IMPORTANCE} or {MERGE} and storage to model, or offload to 0."
+            )
+        if self.keep == HEADS and self.storage != STORAGES[0]:
+            raise ValueError(
+                f"{NODE}: storage is {self.storage!r}, but {HEADS} moves keys and values as the model makes them; set "
+                f"storage to model, or keep to another rule."
             )
         if (self.frames > 0) == (self.gigabytes > 0):
             raise ValueError(
@@ -120,7 +127,7 @@ class StoreShape:
 
     def logits(self, layout: Layout) -> int:
         """Logits that may be held at once while a middle is chosen by importance: one part in a hundred of the keys and
-        values, so that what they take does not count."""
+        values, so that what they take does not count. Head groups, which do this once a run, take a quarter of it."""
         return max(64, self.layers * layout.places * self.token_bytes("model") // (100 * LOGIT_BYTES))
 
     def scratch_bytes(self, layout: Layout, config: KVBudgetConfig) -> int:
@@ -130,9 +137,11 @@ class StoreShape:
         chosen = (2 * layout.middle + self.tokens * layout.ring) * wide if layout.middle else 0
         if config.keep == IMPORTANCE and layout.middle:
             chosen += LOGIT_BYTES * self.logits(layout)
-        moved = layout.places * wide if config.keep == HEADS else 0
+        if config.keep == HEADS:
+            moved = max(HeadGroupsConfig().near, 1) * self.tokens * wide // 2
+            chosen = max(moved, LOGIT_BYTES * self.logits(layout) // 4)
         read = 2 * (config.offload > 0) + (config.storage == "8-bit")
-        return max(chosen, moved) + read * layout.places * wide
+        return chosen + read * layout.places * wide
 
 
 def plan(config: KVBudgetConfig, shape: StoreShape, branches: int, block: int, total: int) -> Layout:

@@ -10,7 +10,9 @@ from torch import Tensor
 from ..attention.ann import AnnAttention, AnnConfig
 from ..attention.dense import attend
 from .bounded import Attention, BoundedStore
-from .budget import IMPORTANCE, MERGE, KVBudgetConfig, StoreShape, plan
+from .budget import HEADS, IMPORTANCE, MERGE, KVBudgetConfig, StoreShape, plan
+from .grouping import HeadGrouping
+from .head_groups import HeadGroupsConfig
 from .importance_redundancy import ImportanceRedundancy, ImportanceRedundancyConfig
 from .ring import Layout
 from .slots import ByteSlots, Fetching, PlainSlots, Scratch, Slots, SplitSlots
@@ -49,6 +51,13 @@ def _rule(config: KVBudgetConfig, shape: StoreShape, layout: Layout) -> Middle |
     return None
 
 
+def _grouping(config: KVBudgetConfig, shape: StoreShape, layout: Layout, block: int) -> HeadGrouping | None:
+    """What groups the heads of one branch."""
+    if config.keep != HEADS:
+        return None
+    return HeadGrouping(HeadGroupsConfig(), shape.layers, block, max(1, shape.logits(layout) // 4))
+
+
 class KVMemory:
     """Stores of all branches, which advance together. Its size is known before anything is allocated.
 
@@ -75,7 +84,8 @@ class KVMemory:
         self._unread = 0
         self.stores = [
             BoundedStore(
-                shape.layers, self.layout, shape.rotary, one, _rule(config, shape, self.layout), self._make
+                shape.layers, self.layout, shape.rotary, one, _rule(config, shape, self.layout), self._make,
+                _grouping(config, shape, self.layout, block),
             )
             for one in attentions
         ]  # fmt: skip
@@ -88,7 +98,7 @@ class KVMemory:
 
     @property
     def keys(self) -> float:
-        """Tokens that a query reads, the mean over layers and branches."""
+        """Tokens that a query reads, the mean over layers, heads and branches."""
         return sum(store.keys for store in self.stores) / len(self.stores)
 
     def begin(self, first: int, frames: int) -> int:
@@ -126,8 +136,19 @@ class KVMemory:
         between = f", {layout.middle / tokens:.3g} frames' worth between ({self.config.keep})" if layout.middle else ""
         return (
             f"{layout.sink} first and {layout.ring} latest latent frames{between}, "
-            f"{self.planned_bytes / 1e9:.3g} GB in {self.config.storage} storage"
+            f"{self.planned_bytes / 1e9:.3g} GB in {self.config.storage} storage{self._groups_note()}"
         )
+
+    def _groups_note(self) -> str:
+        groups = [store.grouping.groups for store in self.stores if store.grouping is not None]
+        if not groups or None in groups:
+            return ""
+        near = sum(len(heads) for one in groups for heads in one.near)
+        heads = len(groups) * self.shape.layers * self.shape.heads
+        frames = [count for store in self.stores for count in store.full_frames]
+        room = f"; the others keep {min(frames)} to {max(frames)} latent frames" if frames else ""
+        latest = f"the latest {self.stores[0].grouping.config.near} and their block"
+        return f"; {near} of {heads} heads keep {latest}{room}; {self.nbytes / 1e9:.3g} GB in use"
 
     def sparse_note(self) -> str | None:
         """What sparse attention did, for the report; None where attention is dense."""
