@@ -34,6 +34,8 @@ class KVBudgetConfig:
         storage: ``model`` keeps the model's dtype, ``8-bit`` signed bytes with a scale a token and head.
         offload: latent frames' worth of middle that lie in main memory, beside the budget, and come to the device
             layer by layer; 0 keeps the middle on the device, within the budget.
+        near_share, near: with ``head-groups``, the share of all heads that become near heads and how many committed
+            latent frames these still see, as in ``HeadGroupsConfig``.
         span: latent frames that the model was trained with (21 are Wan's 81 frames): nothing stands further back in
             time than this, or than sink and ring together where those are more.
 
@@ -50,8 +52,11 @@ class KVBudgetConfig:
     storage: str = "model"
     offload: int = 0
     span: int = 21
+    near_share: float = 0.5
+    near: int = 1
 
     def __post_init__(self) -> None:
+        HeadGroupsConfig(self.near_share, self.near)
         if self.keep not in KEEPS or self.storage not in STORAGES:
             raise ValueError(
                 f"{NODE}: keep is {self.keep!r} and storage {self.storage!r}; use one of {', '.join(KEEPS)} and one of "
@@ -82,6 +87,10 @@ class KVBudgetConfig:
     @property
     def has_middle(self) -> bool:
         return self.keep in (IMPORTANCE, MERGE)
+
+    @property
+    def groups_heads(self) -> bool:
+        return self.keep == HEADS and self.near_share > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +146,8 @@ class StoreShape:
         chosen = (2 * layout.middle + self.tokens * layout.ring) * wide if layout.middle else 0
         if config.keep == IMPORTANCE and layout.middle:
             chosen += LOGIT_BYTES * self.logits(layout)
-        if config.keep == HEADS:
-            moved = max(HeadGroupsConfig().near, 1) * self.tokens * wide // 2
+        if config.groups_heads:
+            moved = max(config.near, 1) * self.tokens * wide // 2
             chosen = max(moved, LOGIT_BYTES * self.logits(layout) // 4)
         read = 2 * (config.offload > 0) + (config.storage == "8-bit")
         return chosen + read * layout.places * wide

@@ -98,12 +98,12 @@ def group_layouts(layout: Layout, near_heads: int, full_heads: int, near: int, b
             which the rings begin with the latest.
     """
     tokens, sink, span = layout.tokens, layout.sink, layout.span
-    frames = ring_frames(layout.whole_frames, near_heads + full_heads, near_heads, near, block)
+    room, latest = min(near + block, layout.ring), min(near, layout.ring)
+    frames = ring_frames(layout.whole_frames, near_heads + full_heads, near_heads, 0, room)
     ring = min(frames, max(span, layout.whole_frames)) - sink
-    latest = min(near, layout.ring)
     return [
         Layout(tokens, sink, ring, 0, span, gone=since - sink - layout.ring),
-        Layout(tokens, 0, min(near + block, layout.ring), 0, span, gone=since - latest),
+        Layout(tokens, 0, room, 0, span, gone=since - latest),
     ]
 
 

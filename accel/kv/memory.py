@@ -10,7 +10,7 @@ from torch import Tensor
 from ..attention.ann import AnnAttention, AnnConfig
 from ..attention.dense import attend
 from .bounded import Attention, BoundedStore
-from .budget import HEADS, IMPORTANCE, MERGE, KVBudgetConfig, StoreShape, plan
+from .budget import IMPORTANCE, MERGE, KVBudgetConfig, StoreShape, plan
 from .grouping import HeadGrouping
 from .head_groups import HeadGroupsConfig
 from .importance_redundancy import ImportanceRedundancy, ImportanceRedundancyConfig
@@ -53,9 +53,11 @@ def _rule(config: KVBudgetConfig, shape: StoreShape, layout: Layout) -> Middle |
 
 def _grouping(config: KVBudgetConfig, shape: StoreShape, layout: Layout, block: int) -> HeadGrouping | None:
     """What groups the heads of one branch."""
-    if config.keep != HEADS:
+    if not config.groups_heads:
         return None
-    return HeadGrouping(HeadGroupsConfig(), shape.layers, block, max(1, shape.logits(layout) // 4))
+    return HeadGrouping(
+        HeadGroupsConfig(config.near_share, config.near), shape.layers, block, max(1, shape.logits(layout) // 4)
+    )
 
 
 class KVMemory:
