@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from functools import cache
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel.acceleration import Acceleration
 from accel.attention.ann import AnnAttention, AnnConfig
@@ -250,6 +252,40 @@ def test_eight_bit_storage_is_refused_in_a_sentence():
         ValueError, match="^KV Cache Budget: storage is '8-bit', but head-groups .* set storage to model"
     ):
         KVBudgetConfig(frames=8, keep=HEADS, storage="8-bit")
+
+
+class Beside(TorchDispatchMode):
+    """The most bytes of tensors alive at once that lie outside the given storages."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.sizes, self.most = known, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in self.known:
+            place = out.untyped_storage().data_ptr()
+            self.sizes[id(out)] = (place, out.untyped_storage().nbytes())
+            weakref.finalize(out, self.sizes.pop, id(out), None)
+            self.most = max(self.most, sum(dict(self.sizes.values()).values()))
+        return out
+
+
+@pytest.mark.parametrize("near", [0, 1, 3])
+def test_heads_are_given_other_room_with_no_more_beside_than_was_planned(near):
+    shape = StoreShape(8, 4, 12, (8, 8), 2, 4, ROTARY)
+    memory = make_memory(KVBudgetConfig(frames=14, sink=0, keep=HEADS, near=near, span=200), shape, 1, 2, 100)
+    store, generator, most = memory.stores[0], torch.Generator().manual_seed(1), 0
+    for first in range(0, 18, 2):
+        memory.begin(first, 2)
+        for layer in range(8):
+            memory.attend(layer, *(torch.randn(2, 128, 4, 12, generator=generator) for _ in range(3)))
+        tensors = [tensor for ring in store._present().values() for tensor in ring.tensors().values()]
+        with Beside({tensor.untyped_storage().data_ptr() for tensor in tensors}) as beside:
+            memory.commit()
+        most = max(most, beside.most)
+    assert all(map(len, store.grouping.groups.full)), "no layer gives memory back, which a CPU copies beside"
+    assert 0 < most <= shape.scratch_bytes(memory.layout, memory.config) + 2048  # which heads, and their masses
 
 
 @cache

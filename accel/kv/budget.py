@@ -90,6 +90,7 @@ class KVBudgetConfig:
 
     @property
     def groups_heads(self) -> bool:
+        """Whether some heads are to give up room."""
         return self.keep == HEADS and self.near_share > 0
 
 

@@ -1,9 +1,10 @@
 """Head groups at work: a layer's one ring becomes two, in the memory it has, once it is known which heads look back.
 
-The first block that pushes a latent frame out of the ring is measured, at its first forward, on what is stored; after
-it every layer with near heads is divided. Near heads go on with the latest frames and their block; the others have the
-rest of the layer as their ring and grow into it. Their ring is never longer than what the model was trained to look
-back (``Layout.span``, less the sink): what is left then is given back to the device.
+The first block that pushes a latent frame out of the ring is measured, at its first forward, on what is stored; when it
+is committed, every layer with near heads is divided. Near heads go on with the latest frames and their block, without
+the sink, as Dummy Forcing's do (its sink heads, a third group, are full heads here). The others have the rest of the
+layer as their ring and grow into it. Their ring is never longer than what the model was trained to look back
+(``Layout.span``, less the sink): what is left then is given back to the device.
 """
 
 from __future__ import annotations
@@ -151,9 +152,10 @@ def _packed(
 
 def _rotate(x: Tensor, by: int) -> None:
     """``x[:, i]`` becomes what ``x[:, (i + by) % n]`` was, in place, with one item set aside."""
-    count = x.shape[1]
+    count, held = x.shape[1], torch.empty_like(x[:, 0])
     for start in range(math.gcd(by, count) if by else 0):
-        held, place = x[:, start].clone(), start
+        held.copy_(x[:, start])
+        place = start
         while (source := (place + by) % count) != start:
             x[:, place] = x[:, source]
             place = source

@@ -142,13 +142,15 @@ class KVMemory:
         )
 
     def _groups_note(self) -> str:
+        """How many heads became near heads, what the others keep, and the bytes left; nothing before that is known."""
         groups = [store.grouping.groups for store in self.stores if store.grouping is not None]
         if not groups or None in groups:
             return ""
         near = sum(len(heads) for one in groups for heads in one.near)
         heads = len(groups) * self.shape.layers * self.shape.heads
-        frames = [count for store in self.stores for count in store.full_frames]
-        room = f"; the others keep {min(frames)} to {max(frames)} latent frames" if frames else ""
+        frames = {count for store in self.stores for count in store.full_frames}
+        ends = " to ".join(str(count) for count in sorted({min(frames), max(frames)})) if frames else ""
+        room = f"; the others keep {ends} latent frames" if ends else ""
         latest = f"the latest {self.stores[0].grouping.config.near} and their block"
         return f"; {near} of {heads} heads keep {latest}{room}; {self.nbytes / 1e9:.3g} GB in use"
 

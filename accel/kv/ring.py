@@ -116,7 +116,7 @@ class Ring:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything kept."""
+        """Bytes of everything kept, less the numbers of the heads."""
         extra = (self._plain, self._bias, self._frames, self._counts)
         return self.slots.nbytes + sum(tensor.nbytes for tensor in extra if tensor is not None)
 
