@@ -2,7 +2,8 @@
 
 A block's first forward makes room (what is pushed out goes to the rule of the middle); every forward of it writes the
 block's keys and values and attends over what is stored; only a commit makes the block history. So a skipped forward
-leaves the bookkeeping exactly as the forward would have. One store serves one CFG branch.
+leaves the bookkeeping exactly as the forward would have. One store serves one CFG branch. A layer has one ring, or two
+where its heads are grouped (``grouping``).
 
 Positions: the model is told where a block starts (``begin``), a small number however long the video is: once it passes
 ``LONGEST_POSITION``, what is stored is turned back by as much as the video has moved on. The ring is shorter than the
@@ -18,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .grouping import HeadGrouping
 from .ring import Layout, Ring
 from .rotary import TimeRotary
 from .slots import PlainSlots, Slots
@@ -41,12 +43,13 @@ class BoundedStore:
 
     Args:
         layers: transformer blocks. layout: room of each. rotary: how time turns keys. attention: what attends.
-        middle: rule for what leaves the ring; None forgets it. make: makes an allocation.
+        middle: rule for what leaves the ring; None forgets it. make: makes an allocation. grouping: finds heads that
+            need little history; it wants ``PlainSlots`` and no middle.
     """
 
     def __init__(
         self, layers: int, layout: Layout, rotary: TimeRotary, attention: Attention, middle: Middle | None = None,
-        make: Callable[[Tensor, int], Slots] = PlainSlots,
+        make: Callable[[Tensor, int], Slots] = PlainSlots, grouping: HeadGrouping | None = None,
     ) -> None:  # fmt: skip
         if layers < 1:
             raise ValueError(f"BoundedStore: {layers} layers; use 1 or more.")
@@ -54,22 +57,37 @@ class BoundedStore:
         self._block: tuple[int, int] | None = None
         self._unopened: set[int] = set()
         self._rings: list[Ring | None] = [None] * layers
-        self._saved: dict[int, tuple[Mapping[str, Tensor], Mapping[str, int]]] = {}
+        self._near: dict[int, Ring] = {}  # of layers with two rings, the near heads'
+        self._saved: dict[str, tuple[Mapping[str, Tensor], Mapping[str, int]]] = {}
         self._rotary, self._attention, self._middle, self._make = rotary, attention, middle, make
+        self._grouping = grouping
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, bookkeeping included."""
-        return sum(ring.nbytes for ring in self._rings if ring is not None)
+        return sum(ring.nbytes for ring in self._present().values())
 
     @property
     def keys(self) -> float:
-        """Tokens that a query of the open block reads, the mean over layers."""
+        """Tokens that a query of the open block reads, the mean over layers and heads."""
         frames = self.frames if self._block is None else sum(self._block)
-        rings = [ring for ring in self._rings if ring is not None]
+        rings = self._present().values()
         if not rings:
-            return float(min(frames, self.layout.whole_frames) * self.layout.tokens)
-        return sum(ring.filled(frames) for ring in rings) / len(rings)
+            return float(self.layout.held(frames) * self.layout.tokens)
+        return sum(ring.filled(frames) * ring.width for ring in rings) / sum(ring.width for ring in rings)
+
+    @property
+    def grouping(self) -> HeadGrouping | None:
+        """Which heads keep what, where heads are grouped."""
+        return self._grouping
+
+    @property
+    def full_frames(self) -> list[int]:
+        """Latent frames that heads with all their history have room for, layer by layer; of layers that have run and
+        have such heads."""
+        groups = self._grouping and self._grouping.groups
+        rings = [self._rings[layer] for layer in range(len(self._rings)) if groups is None or groups.full[layer]]
+        return [ring.layout.whole_frames for ring in rings if ring is not None]
 
     def begin(self, first: int, frames: int) -> int:
         """A forward of the block ``[first, first + frames)`` follows; returns the position of its first latent frame.
@@ -81,17 +99,17 @@ class BoundedStore:
             return first - self._base
         if first != self.frames:
             raise ValueError(f"K/V store: block starts at latent frame {first}, but {self.frames} are committed.")
-        if frames > self.layout.ring:
+        room = min((ring.layout.ring for ring in self._present().values()), default=self.layout.ring)
+        if frames > room:
             raise ValueError(
-                f"K/V store: a block of {frames} latent frames does not fit the {self.layout.ring} that the budget "
+                f"K/V store: a block of {frames} latent frames does not fit the {room} that the budget "
                 "leaves beside the sink; use a larger K/V budget or smaller blocks."
             )
         self._block, self._unopened = (first, frames), set(range(len(self._rings)))
         if first + frames - self._base > max(LONGEST_POSITION, self.layout.span):
             moved = first + frames - self.layout.span - self._base
-            for ring in self._rings:
-                if ring is not None:
-                    ring.shift(self.frames, moved)
+            for ring in self._present().values():
+                ring.shift(self.frames, moved)
             self._base += moved
         return first - self._base
 
@@ -104,24 +122,25 @@ class BoundedStore:
         Returns:
             ``[B, n, heads, head_dim]``.
         """
-        first, frames = self._block
-        ring = self._ring(layer, keys)
-        fresh = layer in self._unopened
-        if fresh:
-            self._unopened.discard(layer)
-            ring.open(layer, first, frames, self._base, queries)
-        ring.write(first, keys, values)
-        stored_keys, stored_values, bias = ring.read(first + frames)
-        self._fetch(layer + 1, first + frames)
-        return self._attention(layer, queries, stored_keys, stored_values, bias, self._always(first, frames), fresh)
+        ring, fresh = self._ring(layer, keys), layer in self._unopened
+        self._unopened.discard(layer)
+        if layer not in self._near:
+            return self._read(layer, ring, queries, keys, values, fresh)
+        out = torch.empty_like(queries)
+        for place, part in ((layer, ring), (layer + len(self._rings), self._near[layer])):
+            sides = (side.index_select(2, part.heads) for side in (queries, keys, values))
+            out.index_copy_(2, part.heads, self._read(place, part, *sides, fresh))
+        return out
 
     def commit(self) -> None:
         """The forward just made was of clean frames, which are history now."""
         first, frames = self._block
-        for ring in self._rings:
-            if ring is not None:
-                ring.remember_sink(first, frames, self._base)
+        for ring in self._present().values():
+            ring.remember_sink(first, frames, self._base)
         self.frames, self._block = first + frames, None
+        if self._grouping is not None and self._grouping.decide(self.frames):
+            for layer in range(len(self._rings)):
+                self._divide(layer)
 
     def shrink(self, layout: Layout, block: int) -> None:
         """Keeps less from now on; a block that was begun has to be begun anew. One layer is held twice for a moment."""
@@ -132,9 +151,12 @@ class BoundedStore:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, between two blocks."""
-        named = {f"{index}.{key}": value for index, ring in self._present() for key, value in ring.tensors().items()}
-        numbers = {str(index): ring.numbers() for index, ring in self._present()}
+        rings = self._present()
+        named = {f"{name}.{key}": value for name, ring in rings.items() for key, value in ring.tensors().items()}
+        numbers = {name: ring.numbers() for name, ring in rings.items()}
         told = {"frames": self.frames, "base": self._base, "rings": numbers}
+        if self._grouping is not None:
+            told["groups"] = self._grouping.numbers()
         if hasattr(self._middle, "state"):
             named |= {f"middle.{key}": value for key, value in self._middle.state().items()}
         return named | {"numbers": torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)}
@@ -145,12 +167,14 @@ class BoundedStore:
         told = json.loads(bytes(state["numbers"].cpu().tolist()))
         self.frames, self._base = int(told["frames"]), int(told["base"])
         self._saved = {
-            int(layer): (
-                {key.split(".", 1)[1]: value for key, value in state.items() if key.startswith(f"{layer}.")},
+            name: (
+                {key.split(".", 1)[1]: value for key, value in state.items() if key.startswith(f"{name}.")},
                 numbers,
             )
-            for layer, numbers in told["rings"].items()
+            for name, numbers in told["rings"].items()
         }
+        if self._grouping is not None:
+            self._grouping.load(told["groups"])
         if hasattr(self._middle, "load"):
             own = {key.removeprefix("middle."): value for key, value in state.items() if key.startswith("middle.")}
             self._middle.load(own)
@@ -158,32 +182,40 @@ class BoundedStore:
     def _ring(self, layer: int, like: Tensor) -> Ring:
         """The layer's, made at its first forward."""
         if self._rings[layer] is None:
-            ring = self._rings[layer] = Ring(self.layout, like, self._make, self._rotary, self._middle)
-            if layer in self._saved:
-                ring.load(*self._saved.pop(layer))
+            self._rings[layer] = Ring(self.layout, like, self._make, self._rotary, self._middle)
+            if self._grouping is not None and self._grouping.groups is not None:
+                self._divide(layer)
+            for name, ring in ((str(layer), self._rings[layer]), (f"{layer} near", self._near.get(layer))):
+                if name in self._saved:
+                    ring.load(*self._saved.pop(name))
         return self._rings[layer]
+
+    def _divide(self, layer: int) -> None:
+        """Gives the groups of a layer's heads a ring each."""
+        self._rings[layer], *near = self._grouping.divide(layer, self._rings[layer])
+        if near:
+            self._near[layer] = near[0]
+
+    def _read(self, place: int, ring: Ring, queries: Tensor, keys: Tensor, values: Tensor, fresh: bool) -> Tensor:
+        """Attention of the heads of one ring; ``place`` tells it from all others."""
+        first, frames = self._block
+        if fresh:
+            ring.open(place, first, frames, self._base, queries)
+        ring.write(first, keys, values)
+        stored_keys, stored_values, bias = ring.read(first + frames)
+        self._fetch(place + 1, first + frames)
+        if fresh and self._grouping is not None:
+            self._grouping.measure(place, ring.layout, first, frames, queries, stored_keys)
+        return self._attention(
+            place, queries, stored_keys, stored_values, bias, ring.layout.always(first, frames), fresh
+        )  # fmt: skip
 
     def _fetch(self, layer: int, frames: int) -> None:
         """Sends for what the next layer keeps in main memory, unless it is going to change before it is read."""
         if layer < len(self._rings) and self._rings[layer] is not None and layer not in self._unopened:
             self._rings[layer].fetch(frames)
 
-    def _present(self) -> list[tuple[int, Ring]]:
-        return [(index, ring) for index, ring in enumerate(self._rings) if ring is not None]
-
-    def _always(self, first: int, frames: int) -> list[tuple[int, int]]:
-        """Places that every query sees under sparse attention: the sink, the last committed frame, the block."""
-        layout, tokens = self.layout, self.layout.tokens
-        pinned = min(first + frames, layout.sink)
-        slots = {*range(pinned), *(layout.slot(frame) for frame in range(max(first - 1, 0), first + frames))}
-        return [(start * tokens, end * tokens) for start, end in _runs(sorted(slots))]
-
-
-def _runs(numbers: list[int]) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    for number in numbers:
-        if found and found[-1][1] == number:
-            found[-1] = (found[-1][0], number + 1)
-        else:
-            found.append((number, number + 1))
-    return found
+    def _present(self) -> dict[str, Ring]:
+        """The rings there are, by name: a layer's number, with ``near`` for the second one."""
+        rings = {str(layer): ring for layer, ring in enumerate(self._rings) if ring is not None}
+        return rings | {f"{layer} near": ring for layer, ring in self._near.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from .head_groups import HeadGroupsConfig
 from .ring import Layout
 from .rotary import TimeRotary
 
@@ -33,11 +34,14 @@ class KVBudgetConfig:
         storage: ``model`` keeps the model's dtype, ``8-bit`` signed bytes with a scale a token and head.
         offload: latent frames' worth of middle that lie in main memory, beside the budget, and come to the device
             layer by layer; 0 keeps the middle on the device, within the budget.
+        near_share, near: with ``head-groups``, the share of all heads that become near heads and how many committed
+            latent frames these still see, as in ``HeadGroupsConfig``.
         span: latent frames that the model was trained with (21 are Wan's 81 frames): nothing stands further back in
             time than this, or than sink and ring together where those are more.
 
     Raises:
-        ValueError: a value out of range, both or neither of frames and gigabytes, or an offload without a middle.
+        ValueError: a value out of range, both or neither of frames and gigabytes, an offload without a middle, or
+            8-bit storage with head groups.
     """
 
     frames: int = 0
@@ -48,8 +52,11 @@ class KVBudgetConfig:
     storage: str = "model"
     offload: int = 0
     span: int = 21
+    near_share: float = 0.5
+    near: int = 1
 
     def __post_init__(self) -> None:
+        HeadGroupsConfig(self.near_share, self.near)
         if self.keep not in KEEPS or self.storage not in STORAGES:
             raise ValueError(
                 f"{NODE}: keep is {self.keep!r} and storage {self.storage!r}; use one of {', '.join(KEEPS)} and one of "
@@ -66,6 +73,11 @@ class KVBudgetConfig:
                 f"{NODE}: offload is {self.offload}, which moves what is kept between sink and recent frames in the "
                 f"model's dtype; set keep to {IMPORTANCE} or {MERGE} and storage to model, or offload to 0."
             )
+        if self.keep == HEADS and self.storage != STORAGES[0]:
+            raise ValueError(
+                f"{NODE}: storage is {self.storage!r}, but {HEADS} moves keys and values as the model makes them; set "
+                f"storage to model, or keep to another rule."
+            )
         if (self.frames > 0) == (self.gigabytes > 0):
             raise ValueError(
                 f"{NODE}: frames is {self.frames} and gigabytes {self.gigabytes:g}; set one of them and leave the "
@@ -75,6 +87,11 @@ class KVBudgetConfig:
     @property
     def has_middle(self) -> bool:
         return self.keep in (IMPORTANCE, MERGE)
+
+    @property
+    def groups_heads(self) -> bool:
+        """Whether some heads are to give up room."""
+        return self.keep == HEADS and self.near_share > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +137,7 @@ class StoreShape:
 
     def logits(self, layout: Layout) -> int:
         """Logits that may be held at once while a middle is chosen by importance: one part in a hundred of the keys and
-        values, so that what they take does not count."""
+        values, so that what they take does not count. Head groups, which do this once a run, take a quarter of it."""
         return max(64, self.layers * layout.places * self.token_bytes("model") // (100 * LOGIT_BYTES))
 
     def scratch_bytes(self, layout: Layout, config: KVBudgetConfig) -> int:
@@ -130,9 +147,11 @@ class StoreShape:
         chosen = (2 * layout.middle + self.tokens * layout.ring) * wide if layout.middle else 0
         if config.keep == IMPORTANCE and layout.middle:
             chosen += LOGIT_BYTES * self.logits(layout)
-        moved = layout.places * wide if config.keep == HEADS else 0
+        if config.groups_heads:
+            moved = max(config.near, 1) * self.tokens * wide // 2
+            chosen = max(moved, LOGIT_BYTES * self.logits(layout) // 4)
         read = 2 * (config.offload > 0) + (config.storage == "8-bit")
-        return max(chosen, moved) + read * layout.places * wide
+        return chosen + read * layout.places * wide
 
 
 def plan(config: KVBudgetConfig, shape: StoreShape, branches: int, block: int, total: int) -> Layout:

@@ -8,7 +8,9 @@ two become near heads. What they no longer keep can make the ring of the others 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -73,16 +75,35 @@ def head_masses(
     Raises:
         ValueError: more tokens in the parts than there are, or other heads in ``q`` than in ``k``.
     """
-    middle = k.shape[-2] - sink_tokens - current_tokens
-    if min(sink_tokens, current_tokens, middle) < 0:
+    keys = k.shape[-2]
+    edges = (0, sink_tokens, keys - current_tokens, keys)
+    if min(sink_tokens, current_tokens, keys - sink_tokens - current_tokens) < 0:
         raise ValueError(
-            f"Head groups: {sink_tokens} tokens of sink and {current_tokens} of the block must fit {k.shape[-2]} keys."
+            f"Head groups: {sink_tokens} tokens of sink and {current_tokens} of the block must fit {keys} keys."
         )
+    return part_masses(q, k, [[edge] for edge in pairwise(edges)], sample, tile)
+
+
+def part_masses(
+    q: Tensor, k: Tensor, parts: Sequence[Sequence[tuple[int, int]]], sample: float = 1.0 / 3.0, tile: int = TILE
+) -> Tensor:
+    """``head_masses`` of keys that lie in any order.
+
+    Args:
+        q, k, sample, tile: as there. parts: of each part, the intervals ``[start, end)`` of keys it is made of; may be
+            none.
+
+    Returns:
+        ``[heads, parts]``.
+    """
     if q.shape[-3] != k.shape[-3]:
         raise ValueError(f"Head groups: {q.shape[-3]} heads of queries must be as many as the {k.shape[-3]} of keys.")
     asked = q[..., sampled(q.shape[-2], sample, q.device), :]
-    parts = [row_logsumexp(asked, part, tile) for part in k.split([sink_tokens, middle, current_tokens], -2)]
-    masses = torch.stack(parts, -1).softmax(-1).mean(-2)
+    totals = []
+    for part in parts:
+        pieces = [row_logsumexp(asked, k[..., start:end, :], tile) for start, end in part or [(0, 0)]]
+        totals.append(torch.stack(pieces).logsumexp(0))
+    masses = torch.stack(totals, -1).softmax(-1).mean(-2)
     return masses.reshape(-1, *masses.shape[-2:]).mean(0)
 
 

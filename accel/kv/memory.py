@@ -13,6 +13,8 @@ from ..attention.dense import attend
 from ..timeline_report import quantity
 from .bounded import Attention, BoundedStore
 from .budget import IMPORTANCE, MERGE, KVBudgetConfig, StoreShape, plan
+from .grouping import HeadGrouping
+from .head_groups import HeadGroupsConfig
 from .importance_redundancy import ImportanceRedundancy, ImportanceRedundancyConfig
 from .ring import Layout
 from .slots import ByteSlots, Fetching, PlainSlots, Scratch, Slots, SplitSlots
@@ -51,6 +53,15 @@ def _rule(config: KVBudgetConfig, shape: StoreShape, layout: Layout) -> Middle |
     return None
 
 
+def _grouping(config: KVBudgetConfig, shape: StoreShape, layout: Layout, block: int) -> HeadGrouping | None:
+    """What groups the heads of one branch."""
+    if not config.groups_heads:
+        return None
+    return HeadGrouping(
+        HeadGroupsConfig(config.near_share, config.near), shape.layers, block, max(1, shape.logits(layout) // 4)
+    )
+
+
 class KVMemory:
     """Stores of all branches, which advance together. Its size is known before anything is allocated.
 
@@ -77,7 +88,8 @@ class KVMemory:
         self._unread = 0
         self.stores = [
             BoundedStore(
-                shape.layers, self.layout, shape.rotary, one, _rule(config, shape, self.layout), self._make
+                shape.layers, self.layout, shape.rotary, one, _rule(config, shape, self.layout), self._make,
+                _grouping(config, shape, self.layout, block),
             )
             for one in attentions
         ]  # fmt: skip
@@ -90,7 +102,7 @@ class KVMemory:
 
     @property
     def keys(self) -> float:
-        """Tokens that a query reads, the mean over layers and branches."""
+        """Tokens that a query reads, the mean over layers, heads and branches."""
         return sum(store.keys for store in self.stores) / len(self.stores)
 
     def begin(self, first: int, frames: int) -> int:
@@ -126,6 +138,8 @@ class KVMemory:
         """Gives up a quarter of the places, the middle first; see ``denoiser.LowersMemory``."""
         layout = self.layout
         middle, ring = layout.middle, layout.ring
+        if self.config.groups_heads:
+            return None
         if middle:
             middle = int(middle * 0.75) if middle > layout.tokens else 0
         elif ring > block + 1:
@@ -145,7 +159,21 @@ class KVMemory:
         return (
             f"{layout.sink} first and {layout.ring} latest latent frames{between}, "
             f"{quantity(self.planned_bytes, 'B')}{' in 8-bit storage' if self.config.storage == '8-bit' else ''}"
+            f"{self._groups_note()}"
         )
+
+    def _groups_note(self) -> str:
+        """How many heads became near heads, what the others keep, and the bytes left; nothing before that is known."""
+        groups = [store.grouping.groups for store in self.stores if store.grouping is not None]
+        if not groups or None in groups:
+            return ""
+        near = sum(len(heads) for one in groups for heads in one.near)
+        heads = len(groups) * self.shape.layers * self.shape.heads
+        frames = {count for store in self.stores for count in store.full_frames}
+        ends = " to ".join(str(count) for count in sorted({min(frames), max(frames)})) if frames else ""
+        room = f"; the others keep {ends} latent frames" if ends else ""
+        latest = f"the latest {self.stores[0].grouping.config.near} and their block"
+        return f"; {near} of {heads} heads keep {latest}{room}; {quantity(self.nbytes, 'B')} in use"
 
     def sparse_note(self) -> str | None:
         """What sparse attention did, for the report; None where attention is dense."""

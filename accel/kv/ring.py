@@ -11,7 +11,7 @@ frames older than the newest; frames of the ring are within it anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ class Layout:
 
     Attributes:
         tokens: of a latent frame. sink, ring: latent frames. middle: tokens. span: latent frames, the oldest distance.
+        gone: latent frames after the sink that were dropped before this ring began; those after them are its first.
     """
 
     tokens: int
@@ -35,10 +36,11 @@ class Layout:
     ring: int
     middle: int
     span: int
+    gone: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.tokens, self.ring, self.span) < 1 or min(self.sink, self.middle) < 0:
-            raise ValueError(f"Layout: tokens, ring and span must be 1 or more, sink and middle 0 or more, got {self}.")
+        if min(self.tokens, self.ring, self.span) < 1 or min(self.sink, self.middle, self.gone) < 0:
+            raise ValueError(f"Layout: tokens, ring and span must be 1 or more, all else 0 or more, got {self}.")
 
     @property
     def whole_frames(self) -> int:
@@ -51,11 +53,32 @@ class Layout:
 
     def slot(self, frame: int) -> int:
         """Place, in latent frames, of a latent frame of the video."""
-        return frame if frame < self.sink else self.sink + (frame - self.sink) % self.ring
+        return frame if frame < self.sink else self.sink + (frame - self.sink - self.gone) % self.ring
+
+    def held(self, frames: int) -> int:
+        """Latent frames stored once ``frames`` of the video have been written; they take the first places."""
+        return min(frames, self.sink) + min(max(frames - self.sink - self.gone, 0), self.ring)
 
     def pushed_out(self, first: int, frames: int) -> list[int]:
         """Latent frames whose places a block ``[first, first + frames)`` takes, oldest first."""
-        return [frame - self.ring for frame in range(first, first + frames) if frame - self.ring >= self.sink]
+        oldest = max(first - self.ring, self.sink + self.gone)
+        return list(range(oldest, first + frames - self.ring))
+
+    def always(self, first: int, frames: int) -> list[tuple[int, int]]:
+        """Places, in tokens, that every query of a block sees under sparse attention: the sink, the last committed
+        frame, the block."""
+        latest = range(max(first - 1, self.sink + self.gone), first + frames)
+        return self.intervals({*range(min(first + frames, self.sink)), *map(self.slot, latest)})
+
+    def intervals(self, slots: Iterable[int]) -> list[tuple[int, int]]:
+        """Places in latent frames as intervals ``[start, end)`` of tokens, in order, neighbours joined."""
+        found: list[tuple[int, int]] = []
+        for slot in sorted(slots):
+            start = slot * self.tokens
+            if found and found[-1][1] == start:
+                start = found.pop()[0]
+            found.append((start, (slot + 1) * self.tokens))
+        return found
 
     def position(self, frames: Tensor, newest: int) -> Tensor:
         """Where latent frames stand while ``newest`` is the last of the block: nobody further back than ``span``."""
@@ -70,6 +93,9 @@ class Ring:
         layout: room. like: keys of a block ``[B, n, heads, head_dim]``, for shapes, dtype and device. make: makes the
             allocation for that many tokens. rotary: how time turns keys. middle: rule for what leaves the ring; None
             forgets it.
+
+    Attributes:
+        heads: which ones of the layer, int64 on the device; None for all. width: how many.
     """
 
     def __init__(
@@ -77,7 +103,7 @@ class Ring:
         middle: Middle | None,
     ) -> None:  # fmt: skip
         self.layout, self._rotary, self._rule, self._make = layout, rotary, middle, make
-        self.slots = make(like, layout.places)
+        self.slots, self.heads, self.width = make(like, layout.places), None, like.shape[2]
         far = layout.sink * layout.tokens + layout.middle
         batch, _, heads, _ = like.shape
         self._plain = like.new_zeros((batch, far, heads, rotary.channels)) if rotary.channels else None
@@ -91,13 +117,21 @@ class Ring:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything kept."""
+        """Bytes of everything kept, less the numbers of the heads."""
         extra = (self._plain, self._bias, self._frames, self._counts)
         return self.slots.nbytes + sum(tensor.nbytes for tensor in extra if tensor is not None)
 
     def filled(self, frames: int) -> int:
         """Tokens stored once ``frames`` latent frames of the video have been written."""
-        return min(frames, self.layout.whole_frames) * self.layout.tokens + self.kept
+        return self.layout.held(frames) * self.layout.tokens + self.kept
+
+    def part(self, layout: Layout, heads: Tensor, slots: Slots) -> Ring:
+        """The ring of some of the heads, with another room, whose keys and values lie in ``slots`` already."""
+        ring = Ring(layout, slots.part(0, 0)[0], lambda like, tokens: slots, self._rotary, None)
+        ring.heads, ring._stands = heads, self._stands
+        if ring._plain is not None:
+            ring._plain.copy_(self._plain[:, : ring._plain.shape[1], heads])
+        return ring
 
     def open(self, layer: int, first: int, frames: int, base: int, queries: Tensor) -> None:
         """Makes room for the block ``[first, first + frames)``: what lies far is turned to where it stands now, what is
@@ -138,7 +172,7 @@ class Ring:
         if not self._rotary.channels:
             return
         tokens, sink = self.layout.tokens, self.layout.sink
-        end = min(frames, self.layout.whole_frames) * tokens
+        end = self.layout.held(frames) * tokens
         keys, _ = self.slots.part(sink * tokens, end)
         turned = self._rotary.turn(keys[..., : self._rotary.channels], torch.full((keys.shape[1],), -positions))
         self.slots.write_time(sink * tokens, turned)

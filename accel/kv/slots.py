@@ -56,6 +56,13 @@ class PlainSlots:
         self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
         self.nbytes = self.keys.nbytes + self.values.nbytes
 
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, spare: int = 0) -> PlainSlots:
+        """Slots that lie in tensors made before; ``spare``: bytes beside them that nothing else counts."""
+        slots = cls.__new__(cls)
+        slots.keys, slots.values, slots.nbytes = keys, values, keys.nbytes + values.nbytes + spare
+        return slots
+
     def write(self, start: int, keys: Tensor, values: Tensor) -> None:
         self.keys[:, start : start + keys.shape[1]] = keys
         self.values[:, start : start + keys.shape[1]] = values
