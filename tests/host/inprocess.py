@@ -26,6 +26,7 @@ def run_in_process(
     core_nodes: str | Sequence[str] = "all",
     timeout: float = 300.0,
     base: Path | None = None,
+    bytecode: Path | None = None,
 ) -> Any:
     """Runs ``script`` in a fresh ComfyUI process and returns the JSON on the last line it printed.
 
@@ -41,6 +42,8 @@ def run_in_process(
         core_nodes: ``"all"``, or the files of ``comfy_extras`` to load (fewer load faster), e.g. ``["nodes_wan.py"]``.
         timeout: seconds until the process is ended.
         base: the base directory, kept afterwards, where a later process goes on; a throwaway one when None.
+        bytecode: folder that Python keeps compiled modules in, as it does beside them for users; None leaves that to
+            the environment.
 
     Raises:
         ScriptError: it failed, or its last line is no JSON.
@@ -55,9 +58,10 @@ def run_in_process(
         links = make_base_directory(base, [pack] if pack else [])
         command = [str(comfy_python(root)), str(BOOTSTRAP), "--root", str(root), "--base", str(base)]
         command += [*(f"--pack={link}" for link in links), "--nodes", chosen, str(script.absolute()), *args]
-        done = subprocess.run(
-            command, cwd=work, env=host_environment(), capture_output=True, text=True, timeout=timeout
-        )
+        environment = host_environment()
+        if bytecode is not None:
+            environment |= {"PYTHONPYCACHEPREFIX": str(bytecode), "PYTHONDONTWRITEBYTECODE": ""}
+        done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=timeout)
     return _last_line(done)
 
 
