@@ -56,7 +56,13 @@ class Denoiser(Protocol):
 
 
 class LowersMemory(Protocol):
-    """What a denoiser with a K/V budget also offers."""
+    """What a denoiser with a K/V budget also offers.
+
+    Attributes:
+        most_frames: latent frames that a call may have: those that the K/V take at once.
+    """
+
+    most_frames: int
 
     def lower(self) -> str | None:
         """Gives up a part of the K/V, between two blocks or in the middle of one that is then begun anew. Returns what

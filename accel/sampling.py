@@ -193,7 +193,8 @@ def causal_blocks(
         table: noise levels, falling to 0.
         renoise_seed: None follows the ODE with Euler; a seed re-noises with fresh noise after every step as core's
             ``ar_video`` does (generator seed + block * 1000 + step).
-        prefix: ``[B, C, T0, H, W]`` clean latents to continue (image-to-video), committed in one prefill call.
+        prefix: ``[B, C, T0, H, W]`` clean latents to continue (image-to-video), committed in one prefill call, or
+            block by block where the denoiser's ``most_frames`` (latent frames its K/V take at once) are fewer.
         finished: latents of the blocks that were finished before, as in ``diffusion_forcing``.
 
     A block that runs out of memory is denoised once more with a smaller K/V budget, where the denoiser has one.
@@ -207,7 +208,7 @@ def causal_blocks(
     levels = noise_table(table)
     start = 0 if prefix is None else prefix.shape[2]
     if prefix is not None and not finished:
-        run.step(_whole(Kind.PREFILL, 0, 0, start, 0, levels), prefix)
+        _prefill(run, prefix, block, levels)
     for index, first in enumerate(range(start, noise.shape[2], block)):
         last = min(first + block, noise.shape[2])
         if index < len(finished):
@@ -258,6 +259,14 @@ def _noised(window: Tensor, clean: int, level: float, generator: torch.Generator
     history = window[:, :, :clean]
     noise = torch.randn(history.shape, generator=generator, device=window.device, dtype=torch.float32).to(window.dtype)
     return torch.cat((torch.lerp(history, noise, level), window[:, :, clean:]), 2)
+
+
+def _prefill(run: Run, prefix: Tensor, block: int, levels: Tensor) -> None:
+    frames = prefix.shape[2]
+    piece = frames if frames <= getattr(run.denoiser, "most_frames", frames) else block
+    for first in range(0, frames, piece):
+        part = prefix[:, :, first : first + piece]
+        run.step(_whole(Kind.PREFILL, 0, 0, part.shape[2], first, levels), part)
 
 
 def _commit_block(run, index, offset, x, levels, renoise_seed, progress) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -131,6 +132,10 @@ class TinyDenoiser:
         if self._kept is None or self._kept.frames < frames:
             self._kept = FrozenKV(self.model.config.num_layers, frames, self._tokens_per_frame)
         return None
+
+    @property
+    def most_frames(self) -> int:
+        return self._open(self._rollout).layout.ring if self._bounded else sys.maxsize
 
     @property
     def kept_bytes(self) -> int:

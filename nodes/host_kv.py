@@ -210,6 +210,10 @@ class BoundedHostDenoiser(HostDenoiser):
         return {"K/V": self.memory.note()} | ({"attention": sparse} if sparse else {})
 
     @property
+    def most_frames(self) -> int:
+        return self.memory.layout.ring
+
+    @property
     def kept_bytes(self) -> int:
         return self.memory.nbytes
 

@@ -187,6 +187,31 @@ def test_a_block_that_runs_out_of_memory_is_made_again_with_less(keep, at, monke
     assert denoiser.kept_bytes < make_memory(budget, denoiser._store.shape, 1, 2, 24).planned_bytes
 
 
+def test_a_start_longer_than_the_ring_is_taken_in_block_by_block():
+    from accel.engine import Acceleration, Run
+    from accel.sampling import causal_blocks
+    from accel.timeline import Timeline
+    from demo.denoiser import TinyDenoiser
+    from demo.model import TinyConfig, TinyWan
+
+    torch.manual_seed(0)
+    model = TinyWan(TinyConfig(dim=48, ffn_dim=48, num_layers=2, num_heads=2, causal_ar=True, block=2)).eval()
+    noise, context = torch.randn(1, 16, 14, 4, 4), torch.randn(1, 8, 64)
+
+    def continued(prefix, **options):
+        denoiser = TinyDenoiser(model, context, 1.0, rollout=14, **options).sized(noise)
+        run = Run(Acceleration(kv_budget=options.get("budget")), denoiser, Timeline())
+        made = list(causal_blocks(run, noise, 2, [1.0, 0.5, 0.0], prefix=prefix))
+        return torch.cat([segment.latents for segment in made], 2), run.timeline.totals()["calls"]["commit"]
+
+    start = torch.randn(1, 16, 9, 4, 4)
+    bounded, commits = continued(start, budget=KVBudgetConfig(frames=7))
+    assert bounded.shape[2] == 5 and commits == 5 + 3 and bool(bounded.isfinite().all())
+    short, commits = continued(start[:, :, :3], budget=KVBudgetConfig(frames=14))
+    whole, _ = continued(start[:, :, :3])
+    assert commits == 1 + 6 and torch.allclose(short, whole, atol=1e-5)
+
+
 def test_without_a_budget_to_lower_running_out_of_memory_is_told(monkeypatch):
     memory = make_memory(KVBudgetConfig(frames=6, sink=0), SHAPE, 1, 2, 100)
     *_, _ = roll(memory, 5)
