@@ -52,7 +52,7 @@ class Extent:
     clips: Clips
 
 
-WHOLE = Extent(16, 400, 10_000, (100, 500, 2500), 12, Clips(16, 64, 8))
+WHOLE = Extent(16, 400, 10_000, (100, 500, 2500), 12, Clips(8, 64, 8))
 QUICK = Extent(12, 24, 60, (20,), 2, Clips(1, 16, 4))
 
 

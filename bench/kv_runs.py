@@ -110,16 +110,23 @@ class Rollout:
         return torch.cat(pieces if prefix is None else [prefix, *pieces], 2)
 
     @torch.inference_mode()
-    def fill(self, latents: Tensor) -> None:
-        """Commits clean latents ``[1, 16, T, 8, 8]`` block by block, one forward each."""
-        for index, first in enumerate(range(0, latents.shape[2], BLOCK)):
-            part = latents[:, :, first : first + BLOCK]
+    def fill(self, latents: Tensor, block: int = BLOCK) -> None:
+        """Commits clean latents ``[1, 16, T, 8, 8]`` in one forward a ``block`` of latent frames."""
+        for index, first in enumerate(range(0, latents.shape[2], block)):
+            part = latents[:, :, first : first + block]
             frames = part.shape[2]
             call = Call(
                 Kind.COMMIT, index, STEPS, (0, frames), (0.0,) * frames, (STEPS + 1,) * frames, (False,) * frames,
                 first, total_steps=STEPS,
             )  # fmt: skip
             self.denoiser.velocity(call, part)
+
+    def pretend(self, latents: int, seed: int) -> None:
+        """Gives an unbounded store random keys and values of so many latent frames, without a forward."""
+        shape, generator = tiny_shape(), torch.Generator().manual_seed(seed)
+        size = (1, latents * TOKENS, shape.heads, shape.head_dim)
+        names = [f"{layer}.{side}" for layer in range(shape.layers) for side in ("key", "value")]
+        self.denoiser.load({name: torch.randn(size, generator=generator) for name in names})
 
     def block_flops(self, segment: int) -> int:
         """FLOPs of one block, its commit included."""

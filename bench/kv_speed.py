@@ -16,10 +16,11 @@ from accel.engine import Acceleration
 from accel.kv.budget import KVBudgetConfig
 from demo.generate import start_noise
 
-from .kv_runs import BLOCK, SINK, SPAN, UNBOUNDED, Rollout, accelerations
+from .kv_runs import ANN, BLOCK, SINK, SPAN, UNBOUNDED, Rollout, accelerations
 from .scenes import prompt
 
 MOST_GROWTH, MOST_SLOWER = 0.01, 1.05
+FILLING = 100  # latent frames committed together where all are kept
 AVERAGED = 10  # blocks whose resident memory one figure is the median of
 
 
@@ -90,8 +91,9 @@ def check_endless(told: dict[str, Any]) -> None:
 def compared(history: int, budget: int, rounds: int, seed: int) -> dict[str, Any]:
     """FLOPs and process seconds of a block at about ``history`` latent frames, strategies taken in turns.
 
-    Every store is filled with the same random clean latents, one forward a block, up to ``rounds / 2`` blocks before
-    ``history``; then each makes one block that is not counted and ``rounds`` that are. The order changes each time.
+    Stores are filled up to ``rounds / 2`` blocks before ``history`` with random clean latents, the unbounded one with
+    random keys and values; then each makes one block that is not counted and ``rounds`` that are. The order changes
+    each time.
     """
     filled = max(BLOCK, (history - BLOCK * rounds // 2) // BLOCK * BLOCK)
     frames = filled + BLOCK * (rounds + 1)
@@ -99,7 +101,10 @@ def compared(history: int, budget: int, rounds: int, seed: int) -> dict[str, Any
     finished = [noise[:, :, first : first + BLOCK] for first in range(0, filled, BLOCK)]
     for name, acceleration in accelerations(budget).items():
         rollouts[name] = Rollout(acceleration, prompt(seed), frames)
-        rollouts[name].fill(noise[:, :, :filled])
+        if name == UNBOUNDED:
+            rollouts[name].pretend(filled, seed)
+        else:
+            rollouts[name].fill(noise[:, :, :filled], FILLING if name == ANN else BLOCK)
         blocks[name] = rollouts[name].blocks(noise, seed, finished=finished)
     seconds: dict[str, list[float]] = {name: [] for name in rollouts}
     for turn in range(rounds + 1):
