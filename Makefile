@@ -36,6 +36,7 @@ test-long: venv $(WEB)
 
 bench: venv
 	$(BIN)/python -m bench $(if $(QUICK),--quick)
+	$(BIN)/python -m bench.kv $(if $(QUICK),--quick)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from accel import tensor_file
+from accel.attention.ann import AnnConfig
 from accel.call import Decision, Kind
 from accel.checkpoint import DIGEST, MANIFEST, Checkpoint, differences, saved
 from accel.chunks import ChunkConfig
 from accel.correct import CorrectionConfig
 from accel.engine import Acceleration, HistoryGuidedConfig, SchedulerConfig
+from accel.kv.budget import KVBudgetConfig
 from accel.kv.frozen import FrozenConfig
 from accel.policy import TriModalConfig
 from accel.run_state import RunState
@@ -164,6 +166,43 @@ def test_the_tiny_models_go_on_bit_by_bit(kind, guidance, tmp_path):
             rest = [segment.latents for segment in loop(second, finished.latents)]
             assert all(torch.equal(*pair) for pair in zip([*finished.latents, *rest], expected, strict=True))
             assert told(second) == told(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        KVBudgetConfig(frames=8), KVBudgetConfig(frames=9, keep="importance-redundancy", recent=1),
+        KVBudgetConfig(frames=9, keep="temporal-merge", recent=1), KVBudgetConfig(frames=8, keep="head-groups"),
+        KVBudgetConfig(frames=14, storage="8-bit", sink=0),
+        KVBudgetConfig(frames=13, keep="temporal-merge", recent=1, offload=2),
+    ],
+    ids=lambda budget: f"{budget.keep}, {budget.storage}, {budget.offload}",
+)  # fmt: skip
+def test_bounded_keys_and_values_go_on_bit_by_bit(budget, tmp_path):
+    torch.manual_seed(0)
+    ann = AnnConfig(0.5, shortest=1, tile=16) if budget.keep in ("window", "temporal-merge") else None
+    model = TinyWan(TinyConfig(dim=48, ffn_dim=48, num_layers=4, num_heads=4, causal_ar=True, block=2)).eval()
+    x = torch.randn(1, 16, 20, 4, 4, generator=torch.Generator().manual_seed(1))
+    context = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(2))
+
+    def start():
+        denoiser = TinyDenoiser(model, context, 2.0, rollout=20, budget=budget, ann=ann, calls=3).sized(x)
+        return make_run(Acceleration(scheduler=SCHEDULER, kv_budget=budget, ann=ann), denoiser)
+
+    def loop(run, finished=()):
+        return causal_blocks(run, x, 2, [1.0, 0.6, 0.0], renoise_seed=3, finished=finished)
+
+    with torch.inference_mode():
+        uninterrupted = start()
+        expected = [segment.latents for segment in loop(uninterrupted)]
+        for stop in (1, 5, 6, 9):
+            first, checkpoint = start(), Checkpoint.start(tmp_path / str(stop), {})
+            list(islice(saved(loop(first), first, checkpoint), stop))
+            finished, second = Checkpoint.open(tmp_path / str(stop)).load(), start()
+            second.load(finished.state)
+            rest = [segment.latents for segment in loop(second, finished.latents)]
+            assert all(torch.equal(*pair) for pair in zip([*finished.latents, *rest], expected, strict=True)), stop
+            assert told(second) == told(uninterrupted), stop
 
 
 def test_a_state_every_few_segments_makes_the_segments_after_it_again(tmp_path):
