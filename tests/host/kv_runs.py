@@ -5,6 +5,7 @@ Arguments: the causal checkpoint, the file for latents (in the model's space).
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import comfy.model_management
 import comfy.samplers
 import comfy.sd
 import torch
+from run_in_comfy import pack_module
 from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).parent))
@@ -26,6 +28,7 @@ from node_runs import (  # noqa: E402
     node,
     positive,
     refusal,
+    reports,
     sample,
     state_left,
 )
@@ -85,6 +88,21 @@ def against_core(checkpoint: str) -> None:
     facts["start image against core"] = (start - core_start).abs().max().item()
     bounded, totals = sample(budget(image, 9.0, "latent frames", "window", 1), single, **CAUSAL)
     facts["start image kept"] = torch.equal(bounded[:, :, :2], start[:, :, :2])
+
+    memory = importlib.import_module(".accel.kv.memory", pack_module().__name__).KVMemory
+    attend, calls = memory.attend, []
+
+    def full(self, *given):
+        calls.append(given)
+        if len(calls) == 45:
+            raise torch.OutOfMemoryError("as a GPU would")
+        return attend(self, *given)
+
+    memory.attend = full
+    latents["less"], facts["less"] = sample(small, latent, **CAUSAL)
+    memory.attend = attend
+    facts["less told"] = [line for line in reports if "made again" in line][-1:]
+    facts["as much again"] = torch.equal(sample(small, latent, **CAUSAL)[0], latents["window"])
 
     facts["interrupted"] = interrupted(small, latent, at=9, **CAUSAL | {"cfg": 2.0})
     facts["state after interrupt"] = state_left()

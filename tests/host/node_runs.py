@@ -39,6 +39,7 @@ def node(name: str, *inputs, **named):
 positive, negative = node("ARVATinyPrompt", TEXT)[0], node("ARVATinyPrompt", "")[0]
 latents: dict[str, torch.Tensor] = {}
 facts: dict[str, object] = {}
+reports: list[str] = []
 
 
 def empty(frames: int, batch: int = 1) -> dict:
@@ -50,6 +51,7 @@ def sample(model, latent: dict, **changes):
     shown = changes.pop("positive", positive)
     out, timeline, report = node("ARVASegmentSampler", model, shown, negative, latent, **{**SETTINGS, **changes})
     assert report == timeline.summary()
+    reports.extend(report.splitlines())
     return model.model.process_latent_in(out["samples"]), timeline.totals()
 
 

@@ -108,6 +108,14 @@ def test_where_sparse_attention_cannot_pay_it_is_off(host) -> None:
     assert torch.equal(latents["not worth it"], latents["all of long"])
 
 
+def test_a_block_that_runs_out_of_memory_is_made_again_with_less_and_the_next_run_has_all(host) -> None:
+    facts, latents = host
+    assert facts["less"]["calls"] == facts["window"]["calls"] and facts["less"]["flops"] < facts["window"]["flops"]
+    assert "segment 1 was made again with 1 first and 5 latest latent frames" in facts["less told"][0]
+    assert bool(latents["less"].isfinite().all()) and difference(latents["less"], latents["window"]) > 1e-3
+    assert facts["as much again"]
+
+
 def test_nothing_is_left_behind(host) -> None:
     facts, _ = host
     assert facts["global random state untouched"] and facts["core after ours"] and facts["again"]
