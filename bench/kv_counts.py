@@ -93,7 +93,8 @@ def check_growth(
         "until": blocks[-1]["latent"] + BLOCK,
         "denoised_until": extent.real,
         "unbounded_flops": {
-            one["latent"]: FORWARDS * shape.forward_flops(BLOCK, memory.layout.tokens, (one["latent"] + BLOCK) * 16)
+            one["latent"]: FORWARDS
+            * shape.forward_flops(BLOCK, memory.layout.tokens, (one["latent"] + BLOCK) * memory.layout.tokens)
             for one in (blocks[full], blocks[len(blocks) // 2], blocks[-1])
         },
     }

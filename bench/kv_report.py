@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from .kv_rollout import FORWARDS, UNBOUNDED, WINDOW, Extent
 from .table import table_of
 
 Told = dict[str, Any]
+FLAT, LEVEL = 1.0, 1.05  # per cent of memory, and last decile of block times over the first
 
 
 def write(folder: Path, told: dict[str, Told], extent: Extent) -> str:
@@ -34,11 +36,25 @@ def write(folder: Path, told: dict[str, Told], extent: Extent) -> str:
             lines += [f"## {name} ({part['date']}; {part['conditions']})", "", *text(part)]
     markdown = "\n".join(lines).rstrip()
     (folder / "kv.md").write_text(markdown + "\n", encoding="utf-8")
-    (folder / "kv.json").write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "kv.json").write_text(compact(told) + "\n", encoding="utf-8")
     if "quality" in told:
         for name, picture in pictures(told["quality"], extent).items():
             (folder / f"{name}.svg").write_text(picture, encoding="utf-8")
     return markdown
+
+
+def compact(told: Any) -> str:
+    """JSON with six digits a number and a line a list of numbers."""
+    text = json.dumps(_rounded(told), indent=1, allow_nan=False)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text)
+
+
+def _rounded(told: Any) -> Any:
+    if isinstance(told, dict):
+        return {key: _rounded(value) for key, value in told.items()}
+    if isinstance(told, list):
+        return [_rounded(value) for value in told]
+    return float(f"{told:.6g}") if isinstance(told, float) else told
 
 
 def growth_text(part: Told) -> list[str]:
@@ -81,7 +97,7 @@ def full_size_text(rows: list[Told]) -> list[str]:
     against = (f"of unbounded at {length:,}" for length in lengths)
     return [
         f"Wan at 480 x 832, blocks of 3, {FORWARDS} forwards a block, one CFG branch, bfloat16; counted. Bytes are all "
-        "that the store plans for, bookkeeping and scratch included:",
+        "that the store plans for, bookkeeping and scratch included; head groups as before their heads are divided:",
         "",
         *table_of((*head, *against), cells),
     ]
@@ -142,15 +158,19 @@ def endless_text(part: Told) -> list[str]:
     megabytes = " ".join(f"{size / 1e6:.1f}" for size in part["resident_by_decile"])
     seconds = " ".join(f"{one * 1e3:.0f}" for one in part["seconds_by_decile"])
     still = " ".join(f"{one * 1e3:.0f}" for one in part["still_seconds_by_decile"])
+    flat = "yes" if part["growth_percent"] < FLAT else "no"
+    level = "yes" if min(part["last_over_first"], part["last_over_first_against_still"]) <= LEVEL else "no"
     return [
         f"{part['latents']:,} latent frames with a budget of {part['budget']} ({part['kv_bytes'] / 1e6:.2f} MB of "
-        f"K/V) in {part['wall_seconds'] / 60:.0f} minutes. Resident memory grew by {part['growth_percent']:.2f} % from "
+        f"K/V). Resident memory grew by {part['growth_percent']:.2f} % from "
         f"the moment the store was full ({part['resident_when_full'] / 1e6:.1f} MB) to the end, by "
         f"{part['growth_percent_of_deciles']:.2f} % from first to last decile, and was "
         f"{part['resident_most'] / 1e6:.1f} MB at most. Median block of the last decile over the first: "
         f"{part['last_over_first']:.3f}; over blocks of a store that stood still, timed in between: "
         f"{part['last_over_first_against_still']:.3f}. The timeline was not kept here: a whole one takes "
         f"{part['timeline_bytes_a_call']:.0f} bytes a call.",
+        "",
+        f"Memory grows by less than {FLAT:g} %: {flat}. Blocks take at most {LEVEL:g} times as long: {level}.",
         "",
         f"By decile: MB {megabytes}; ms a block {seconds}; ms a block of the store that stood still {still}.",
         "",
