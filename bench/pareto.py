@@ -23,15 +23,25 @@ STYLE = (
 
 
 @dataclass(frozen=True, slots=True)
+class Axes:
+    """What stands beside the axes, and the unit behind the numbers across."""
+
+    across: str = "FLOPs of the full run over FLOPs of the method"
+    up: str = "PSNR to the full run, dB"
+    unit: str = "x"
+
+
+@dataclass(frozen=True, slots=True)
 class Curve:
-    """Points ``(FLOP ratio, PSNR)`` of one method; ``dashed`` marks the rival that everything is compared with."""
+    """Points ``(FLOP ratio, PSNR)`` of one method, or what the axes say; ``dashed`` marks the rival that everything is
+    compared with."""
 
     name: str
     points: tuple[tuple[float, float], ...]
     dashed: bool = False
 
 
-def draw(curves: Sequence[Curve], title: str) -> str:
+def draw(curves: Sequence[Curve], title: str, axes: Axes | None = None) -> str:
     """The picture as SVG text. Labels stand beside the last point of their line, moved apart where they would meet."""
     curves = [Curve(curve.name, tuple(sorted(curve.points)), curve.dashed) for curve in curves if curve.points]
     flat = [point for curve in curves for point in curve.points] or [(1.0, 0.0), (2.0, 1.0)]
@@ -48,7 +58,7 @@ def draw(curves: Sequence[Curve], title: str) -> str:
         f"<title>{escape(title)}</title>",
         f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}"/>',
         f'<text class="title" x="{LEFT}" y="28">{escape(title)}</text>',
-        *_axes(across, up, x, y),
+        *_axes(axes or Axes(), across, up, x, y),
     ]
     heights = spread([y(curve.points[-1][1]) for curve in curves], TOP, HEIGHT - BOTTOM)
     for number, (curve, height) in enumerate(zip(curves, heights, strict=True)):
@@ -72,7 +82,7 @@ def spread(wanted: Sequence[float], low: float, high: float, gap: float = LINE) 
     return heights
 
 
-def _axes(across: list[float], up: list[float], x, y) -> list[str]:
+def _axes(axes: Axes, across: list[float], up: list[float], x, y) -> list[str]:
     left, right, top, bottom = LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
     parts = []
     for value in up:
@@ -80,12 +90,12 @@ def _axes(across: list[float], up: list[float], x, y) -> list[str]:
         parts.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
     for value in across:
         parts.append(f'<line class="axis" x1="{x(value):.1f}" y1="{bottom}" x2="{x(value):.1f}" y2="{bottom + 5}"/>')
-        parts.append(f'<text x="{x(value):.1f}" y="{bottom + 20}" text-anchor="middle">{value:g}x</text>')
+        parts.append(f'<text x="{x(value):.1f}" y="{bottom + 20}" text-anchor="middle">{value:g}{axes.unit}</text>')
     centre, middle = (left + right) / 2, (top + bottom) / 2
     parts.append(f'<path class="axis" fill="none" d="M{left} {top}V{bottom}H{right}"/>')
     for place, words in (
-        (f"translate({centre:.0f} {bottom + 44})", "FLOPs of the full run over FLOPs of the method"),
-        (f"translate(18 {middle:.0f}) rotate(-90)", "PSNR to the full run, dB"),
+        (f"translate({centre:.0f} {bottom + 44})", axes.across),
+        (f"translate(18 {middle:.0f}) rotate(-90)", axes.up),
     ):
         parts.append(f'<text transform="{place}" text-anchor="middle">{words}</text>')
     return parts

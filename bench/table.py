@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -82,3 +82,9 @@ def unreached(missing: dict[str, list[float]]) -> str:
     )
     listed = "; ".join(told)
     return f"No setting reaches the budget: {listed}." if listed else ""
+
+
+def table_of(head: Sequence[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    """Lines of any Markdown table, an empty one behind it."""
+    texts = ["| " + " | ".join(map(str, line)) + " |" for line in (head, *rows)]
+    return [texts[0], "|" + "-|" * len(head), *texts[1:], ""]
