@@ -64,7 +64,7 @@ def filled(latents: int) -> Rollout:
     for layer in range(shape.num_layers):
         sides = torch.randn(2, 1, tokens, shape.num_heads, shape.dim // shape.num_heads, generator=generator)
         store.append(layer, *sides)
-    store.commit(tokens)
+    store.commit()
     rollout.end = latents
     return rollout
 

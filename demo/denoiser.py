@@ -66,7 +66,7 @@ class TinyDenoiser:
         *given, store = self.inputs(call, x)
         out = self.model(*given, self._mask(call, x), store)
         if self.model.config.causal_ar and call.kind is not Kind.DENOISE:
-            store.commit(*([] if self._bounded else [x.shape[2] * _tokens(x)]))
+            store.commit()
         return self.guided(out)
 
     def inputs(
@@ -81,7 +81,7 @@ class TinyDenoiser:
             store = self._kept.view(call.queries, call.frames)
         elif self.model.config.causal_ar:
             store = self._open(call.offset + x.shape[2])
-            positions = positions + (store.begin(call.offset, last - first) if self._bounded else call.offset)
+            positions = positions + store.begin(call.offset, last - first)
         told = self._told(call, x)[:, asked]
         return self._twice(x[:, :, asked]), self._twice(told), self.context(call), positions, store
 

@@ -19,6 +19,7 @@ from comfy.ldm.flux.math import apply_rope1
 from torch import Tensor
 
 from ..accel.acceleration import Acceleration
+from ..accel.attention.prompt import PromptConfig
 from ..accel.call import Call, Kind
 from ..accel.kv.budget import StoreShape
 from ..accel.kv.memory import KVMemory, make_memory
@@ -43,32 +44,6 @@ class LayerStore:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.written += len(k)
         return self.memory.attend(self.layer, q, k, v, self.branches)
-
-
-class PromptKeys(dict):
-    """The prompt's cross-attention keys and values of one layer, kept for each CFG branch apart.
-
-    It looks to core like the dictionary of a single branch: the branches of the call being made are put together.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branches: list[int] = [0]
-        self._kept: dict[tuple[int, str], Tensor] = {}
-
-    def get(self, key: str, default: Any = None) -> Any:
-        if key == "is_init":
-            return all((branch, "v") in self._kept for branch in self.branches)
-        return default
-
-    def __getitem__(self, key: str) -> Tensor:
-        parts = [self._kept[branch, key] for branch in self.branches]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        if key in ("k", "v"):
-            for branch, rows in zip(self.branches, value.chunk(len(self.branches)), strict=True):
-                self._kept[branch, key] = rows
 
 
 def with_own_store(model: Any) -> Any:
@@ -128,8 +103,8 @@ def _tell_branches(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
     given = [*args, *kwargs.values()]
     options = next((one for one in given if isinstance(one, dict) and "cond_or_uncond" in one), {})
     state = options.get("ar_state", {})
-    for kept in (*state.get("kv_caches", ()), *state.get("crossattn_caches", ()), state.get("arva_prompt")):
-        if isinstance(kept, LayerStore | PromptKeys | HostPrompt):
+    for kept in (*state.get("kv_caches", ()), state.get("arva_prompt")):
+        if isinstance(kept, LayerStore | HostPrompt):
             kept.branches = list(options["cond_or_uncond"])
     return executor(*args, **kwargs)
 
@@ -161,16 +136,10 @@ class BoundedHostDenoiser(HostDenoiser):
         logging.info("AR Video Accelerator: K/V of %s", self.memory.note())
         self._stores = [LayerStore(self.memory, layer) for layer in range(self.shape.layers)]
         self._block = block
-        self._prompt = None
-        if acceleration.prompt is not None and prompt_patches(self.network):
-            self._prompt = HostPrompt(acceleration.prompt)
-        self._prompt_keys = [None if self._prompt else PromptKeys() for _ in range(self.shape.layers)]
+        self._prompt = HostPrompt(acceleration.prompt or PromptConfig(collapse=False))
 
     def forget_prompt(self) -> None:
-        if self._prompt is not None:
-            self._prompt.attention.forget()
-        else:
-            self._prompt_keys = [PromptKeys() for _ in range(self.shape.layers)]
+        self._prompt.attention.forget()
 
     def velocity(self, call: Call, x: Tensor) -> Tensor:
         self.show_prompt(call.segment)
@@ -178,11 +147,10 @@ class BoundedHostDenoiser(HostDenoiser):
         self.transformer_options["ar_state"] = {
             "start_frame": self.memory.begin(first, x.shape[2]),
             "kv_caches": self._stores,
-            "crossattn_caches": self._prompt_keys,
+            "crossattn_caches": [None] * self.shape.layers,  # the prompt's keys and values are kept in arva_prompt
             "arva_prompt": self._prompt,
         }
-        if self._prompt is not None:
-            self._prompt.fresh = call.iteration == 0
+        self._prompt.fresh = call.iteration == 0
         for store in self._stores:
             store.written = 0
         try:
@@ -201,8 +169,7 @@ class BoundedHostDenoiser(HostDenoiser):
         return velocity_of(x, denoised, levels)
 
     def flops(self, call: Call, frames: int) -> int:
-        prompt = self._prompt.unread_flops() if self._prompt is not None else 0
-        return super().flops(call, frames) - self.memory.unread_flops - prompt
+        return super().flops(call, frames) - self.memory.unread_flops - self._prompt.unread_flops()
 
     def notes(self) -> dict[str, str]:
         """What the report says of the K/V."""

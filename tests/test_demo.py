@@ -96,14 +96,14 @@ def test_blocks_with_a_store_equal_the_block_causal_mask():
     for first in (0, 2, 4):
         part = slice(first, first + 2)
         pieces.append(model(x[:, :, part], sigma[:, part], context, torch.arange(first, first + 2), store=store))
-        store.commit(8)
+        store.commit()
     assert torch.allclose(torch.cat(pieces, 2), whole, atol=1e-5)
 
 
 def test_a_store_that_is_too_small_is_refused():
     store = KVStore(1, 4)
     store.append(0, torch.zeros(1, 4, 1, 2), torch.zeros(1, 4, 1, 2))
-    store.commit(4)
+    store.commit()
     with pytest.raises(ValueError, match="5 tokens do not fit the 4"):
         store.append(0, torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
 

@@ -14,7 +14,6 @@ from accel.kv.importance_redundancy import (
     ImportanceRedundancy,
     ImportanceRedundancyConfig,
     column_mass,
-    magi_compression,
     redundancy,
     row_logsumexp,
     select,
@@ -92,37 +91,6 @@ def test_it_keeps_what_the_reference_keeps_on_magi(golden, index):
         q, waves(36, 2, 8, K), case["budget"], unit=case["strategy"], unit_size=size, weighting=case["weighting"]
     )
     assert kept.tolist() == case["kept"]
-
-
-def magi_run(chunks, steps, window, buffer):
-    """Forwards that compress, with the chunks of clean K/V before and after; the peak; the forward that overflows."""
-    events, held, entered, peak = [], 0, 0, 0
-    for forward in range(steps // window * (chunks + window - 1)):
-        newest = min(forward // (steps // window) + 1, chunks)
-        held, entered = held + newest - entered, newest
-        if held > buffer:
-            return events, peak, forward
-        peak = max(peak, held)
-        kept = magi_compression(forward, chunks, steps, window, held, buffer)
-        if kept is not None:
-            events.append((forward, held - (window - 1), kept))
-            held = window - 1 + kept
-    return events, peak, None
-
-
-@pytest.mark.parametrize("index", range(3))
-def test_magi_compresses_when_the_reference_does(golden, index):
-    run = golden("magi_kv_tracker")["runs"][index]
-    events, peak, overflow = magi_run(run["chunks"], run["steps"], run["window"], run["total_cache_chunks"])
-    size = run["tokens_per_chunk"]
-    fired = [(event["step"], event["clean_tokens"] // size, event["keep"] // size)
-             for event in run["events"] if event["fired"]]  # fmt: skip
-    assert events == fired and peak * size == run["peak_tokens"]
-    assert run["error"] == (None if overflow is None else f"ValueError at step {overflow}")
-
-
-def test_magi_with_room_for_six_chunks_keeps_two_of_three():
-    assert magi_run(10, 64, 4, 6) == ([(forward, 3, 2) for forward in (95, 111, 127, 143)], 6, None)
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 20), st.integers(1, 30), st.integers(1, 400))

@@ -2,8 +2,8 @@
 
 Wan pads a prompt to 512 tokens with zeros and does not mask them, so the rows of the padding are all alike: n identical
 keys weigh as one with ``ln n`` added to its logits, exactly. Beyond that, AnnCA (arXiv 2602.01801) lets each block read
-only the text tokens it attends to most. Cross-attention is 1 to 11 % of a causal model's FLOPs, and so much at most can
-be gained.
+only the text tokens it attends to most. Cross-attention is a small part of a causal model's FLOPs, and no more than
+that can be gained.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ prefix); where it is bidirectional the kept ones go stale as the others move, so
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -131,7 +131,7 @@ def hull(frames: Sequence[int]) -> list[Interval]:
     return [(min(frames), max(frames) + 1)] if frames else []
 
 
-def runs(frames: Sequence[int]) -> list[Interval]:
+def runs(frames: Iterable[int]) -> list[Interval]:
     """``frames`` as maximal intervals ``[start, end)``, in order."""
     found: list[Interval] = []
     for frame in sorted(set(frames)):

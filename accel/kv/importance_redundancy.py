@@ -214,23 +214,6 @@ def taken(tokens: Tokens, chosen: Tensor) -> Tokens:
     return replace(tokens, keys=pick(tokens.keys), values=pick(tokens.values), frames=frames, plain=plain)
 
 
-def magi_compression(forward: int, chunks: int, steps: int, window: int, held: int, buffer: int) -> int | None:
-    """How many chunks of clean K/V MAGI-1 keeps after a forward; None where it compresses nothing.
-
-    FlowCache on MAGI-1 compresses when the buffer is full, the newest chunk has finished its first stage and another is
-    about to enter; all clean chunks but one chunk's tokens are kept, and never less than one chunk's.
-
-    Args:
-        forward: index from 0. chunks: of the video. steps: of a chunk, a multiple of ``window``. window: chunks
-            denoised together. held: chunks' worth of K/V in the buffer. buffer: chunks' worth it has room for.
-    """
-    stage, step = divmod(forward, steps // window)
-    finished, clean = stage + 2 - window, held - (window - 1)
-    last_step = step == steps // window - 1
-    due = last_step and stage + 1 < chunks and held >= buffer and finished >= 2
-    return max(clean - 1, 1) if due else None
-
-
 def _check_score(mix: float, kernel: int, weighting: str | None) -> None:
     """Raises ValueError for what no score can be made with."""
     if not (isinstance(mix, (int, float)) and 0.0 <= mix <= 1.0):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .frozen import runs
 from .rotary import TimeRotary
 from .slots import Slots
 from .tokens import Middle, Tokens
@@ -72,13 +73,7 @@ class Layout:
 
     def intervals(self, slots: Iterable[int]) -> list[tuple[int, int]]:
         """Places in latent frames as intervals ``[start, end)`` of tokens, in order, neighbours joined."""
-        found: list[tuple[int, int]] = []
-        for slot in sorted(slots):
-            start = slot * self.tokens
-            if found and found[-1][1] == start:
-                start = found.pop()[0]
-            found.append((start, (slot + 1) * self.tokens))
-        return found
+        return [(start * self.tokens, end * self.tokens) for start, end in runs(slots)]
 
     def position(self, frames: Tensor, newest: int) -> Tensor:
         """Where latent frames stand while ``newest`` is the last of the block: nobody further back than ``span``."""

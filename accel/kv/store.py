@@ -23,13 +23,17 @@ class KVStore:
         if layers < 1 or capacity < 1:
             raise ValueError(f"KVStore: {layers} layers of {capacity} tokens must both be 1 or more.")
         self.capacity = capacity
-        self.end = 0
+        self.end = self._written = 0
         self._slots: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return sum(key.nbytes + value.nbytes for key, value in (slot for slot in self._slots if slot is not None))
+
+    def begin(self, first: int, frames: int) -> int:
+        """A forward of the latent frames ``[first, first + frames)`` follows; returns the position of the first."""
+        return first
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values a block may see: all committed ones and its own, views of the store.
@@ -51,6 +55,7 @@ class KVStore:
         keys, values = self._slots[layer]
         keys[:, self.end : last] = key
         values[:, self.end : last] = value
+        self._written = last
         return keys[:, :last], values[:, :last]
 
     def state(self) -> dict[str, Tensor]:
@@ -66,6 +71,6 @@ class KVStore:
                 self.append(layer, state[f"{layer}.key"], state[f"{layer}.value"])
         self.end = next((tensor.shape[1] for tensor in state.values()), 0)
 
-    def commit(self, tokens: int) -> None:
-        """The last ``tokens`` written are clean and become history."""
-        self.end += tokens
+    def commit(self) -> None:
+        """What was written last is clean and becomes history."""
+        self.end = self._written
