@@ -22,6 +22,7 @@ from .chunk_steps import ChunkSteps
 from .chunks import REFRESH, ChunkConfig, ChunkPolicies
 from .correct import ResidualCorrection, is_scene_cut
 from .denoiser import Denoiser
+from .followers import Followers
 from .history import VelocityHistory
 from .kv.frozen import FrozenConfig, FrozenWindow
 from .policy import FixedPolicy, Policy, ThresholdPolicy, TriModalPolicy, told_reason
@@ -41,7 +42,7 @@ from .timeline import Timeline
 __all__ = ["Acceleration", "Denoiser", "HistoryGuidedConfig", "Run", "SchedulerConfig"]
 
 
-class Run(ChunkSteps, Resumable):
+class Run(ChunkSteps, Followers, Resumable):
     """State of one sampling run. ``begin_segment`` before the first call of each segment, then ``step`` for every
     call."""
 

@@ -100,7 +100,7 @@ class TinyDenoiser:
     def feature(self, kind: str, call: Call, x: Tensor) -> Tensor:
         model, sigma = self.model, self._told(call, x)
         if kind == "latent":
-            return x
+            return x.transpose(1, 2)
         _, e0 = model.embed_time(sigma)
         if kind == "timestep":
             return e0

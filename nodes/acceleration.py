@@ -16,9 +16,9 @@ from ..accel.correct import SOURCES, CorrectionConfig
 from ..accel.engine import Acceleration, HistoryGuidedConfig, SchedulerConfig
 from ..accel.policy import TriModalConfig
 from ..accel.signals import HISTORY_CHOICES, HOST_SIGNALS, SIGNALS
+from .host_stock import under_stock_samplers
+from .names import CATEGORY, OPTION
 
-CATEGORY = "AR Video"
-OPTION = "arva_acceleration"
 ORDERS = {"1": 1, "2": 2, "newton2": "newton2", "auto": "auto"}
 GUIDED, SCHEDULED = HistoryGuidedConfig(), SchedulerConfig()
 THRESHOLDS = SCHEDULED.thresholds
@@ -49,6 +49,7 @@ def describe_all(model: io.Model.Type, acceleration: Acceleration | None) -> io.
     options.pop(OPTION, None)
     if acceleration is not None:
         options[OPTION] = acceleration
+    under_stock_samplers(clone, acceleration)
     return clone
 
 

@@ -25,6 +25,7 @@ from .host_denoiser import CausalHostDenoiser, HostDenoiser, per_frame_sampling
 from .host_identity import describe_run, graph_digest
 from .host_kv import BoundedHostDenoiser, with_own_store
 from .host_live import Audience
+from .host_neighbours import check_other_caches
 from .host_progress import Progress
 from .host_stream import SegmentStream
 from .job import CAUSAL, CLIP, NODE, Job
@@ -89,6 +90,7 @@ def sample_segments(
 ) -> dict[str, Any]:  # fmt: skip
     """Runs ``job`` and returns the LATENT; ``timeline`` is filled on the way, before the eyes of whom ``hidden`` (the
     node's hidden inputs ``prompt`` and ``extra_pnginfo``) names, and finished segments go into ``stream``."""
+    check_other_caches(NODE, model.model_options)
     samples, given = latent["samples"], 0
     for prompt, used in ((positive, True), (negative, job.cfg != 1.0)):
         check_prompts(NODE, prompt, 1 if used and job.mode == CAUSAL else None)
@@ -145,6 +147,8 @@ def _check_start_frames(model: Any, samples: Tensor) -> int:
 
 class SegmentSampler(comfy.samplers.Sampler):
     """Core's sampler interface around the segment loops."""
+
+    drives_acceleration = True
 
     def __init__(self, job: Job, acceleration: Acceleration, timeline: Timeline, progress: Progress) -> None:
         self.job, self.acceleration, self.timeline, self.progress = job, acceleration, timeline, progress

@@ -149,7 +149,7 @@ class HostDenoiser:
     def feature(self, kind: str, call: Call, x: Tensor) -> Tensor:
         """Of the conditional branch, through the model's own embedders and first block."""
         if kind == "latent":
-            return x
+            return x.transpose(1, 2)
         self.show_prompt(call.segment)
         network, frames, dtype = self.network, x.shape[2], self.model.get_dtype_inference()
         time = self.model.model_sampling.timestep(self._levels(call, x)).float()

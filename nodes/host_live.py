@@ -16,12 +16,32 @@ EVENT = "arva.timeline"
 
 
 def shown_by(graph: Mapping[str, Any] | None, sampler: str) -> list[str]:
-    """Ids of the AR Timeline nodes of an API-format graph that show the timeline of ``sampler``."""
+    """Ids of the AR Timeline nodes of an API-format graph that show the timeline of ``sampler``: of our own, or through
+    Run Timeline of one of core's."""
+    graph = graph or {}
+    sources = [[sampler, 1]]
+    for node_id, node in graph.items():
+        latent = node.get("inputs", {}).get("latent")
+        if node.get("class_type") == "ARVARunTimeline" and isinstance(latent, list) and latent[:1] == [sampler]:
+            sources.append([node_id, 1])
     return [
         node_id
-        for node_id, node in (graph or {}).items()
-        if node.get("class_type") == "ARVATimeline" and list(node.get("inputs", {}).get("timeline", ())) == [sampler, 1]
+        for node_id, node in graph.items()
+        if node.get("class_type") == "ARVATimeline" and list(node.get("inputs", {}).get("timeline", ())) in sources
     ]
+
+
+def running_prompt() -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    """The graph of the prompt that is being executed, in API format, and what the browser sent along; None where there
+    is none. For code that no node hands them to."""
+    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
+    queue = getattr(server, "prompt_queue", None)
+    if context is None or queue is None:
+        return None, None
+    for item in queue.get_current_queue_volatile()[0]:
+        if item[1] == context.prompt_id:
+            return item[2], item[3].get("extra_pnginfo")
+    return None, None
 
 
 class Audience:

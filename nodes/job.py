@@ -95,7 +95,7 @@ class Job:
         schedule = {"mode": self.mode, "latent frames": self.plan.frames, "block": self.block, **cut}
         schedule |= {"steps": self.plan.steps, "solver": self.solver, "cfg": self.cfg, "seed": self.seed}
         schedule["sigmas"] = [round(level, 4) for level in self.table.tolist()]
-        settings = {PARTS[key]: value for key, value in asdict(acceleration).items() if value and key in PARTS}
+        settings = told_settings(acceleration)
         if acceleration.suffix_window:
             idle = "; causal blocks run one after the other, so there is nothing to leave out" * (self.mode == CAUSAL)
             settings[PARTS["suffix_window"]] = "suffix" + idle
@@ -103,6 +103,11 @@ class Job:
             rows=-(-self.plan.frames // self.block), row_unit="chunk", frames_per_row=self.block,
             title=f"{self.mode.capitalize()}, {self.plan.frames} latent frames", schedule=schedule, settings=settings,
         )  # fmt: skip
+
+
+def told_settings(acceleration: Acceleration) -> dict[str, object]:
+    """What an acceleration sets, by the node that sets it, for a timeline."""
+    return {PARTS[key]: value for key, value in asdict(acceleration).items() if value and key in PARTS}
 
 
 def make_job(

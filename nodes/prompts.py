@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .acceleration import CATEGORY
+from .names import CATEGORY
 
 NODE = "Segment Prompt"
 SEGMENT = "arva_segment"

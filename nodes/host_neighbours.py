@@ -1,0 +1,19 @@
+"""Other packs' and core's own caches on the same MODEL: two that skip on top of each other cannot both be right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+CORE_CACHE = "easycache"  # where core's EasyCache and LazyCache keep themselves in a model's options
+
+
+def check_other_caches(node: str, model_options: Mapping[str, Any]) -> None:
+    """Raises ValueError where core's EasyCache or LazyCache is on the model too."""
+    other = model_options.get("transformer_options", {}).get(CORE_CACHE)
+    if other is not None:
+        name = getattr(other, "name", "EasyCache")
+        raise ValueError(
+            f"{node}: {name} is on the model too, and one would skip steps on top of what the other skipped; remove "
+            f"{name}, or the acceleration nodes of AR Video."
+        )

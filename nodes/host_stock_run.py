@@ -1,0 +1,283 @@
+"""State of one run of a core sampler: every guided call through the engine, a velocity per CFG branch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from comfy.ldm.wan.ar_model import CausalWanModel
+from comfy.ldm.wan.model import WanModel
+from torch import Tensor
+
+from ..accel.acceleration import Acceleration
+from ..accel.call import Call, Decision, Kind
+from ..accel.engine import Run
+from ..accel.history import SAME_SIGMA
+from ..accel.timeline import Timeline
+from .host_conditions import shown_branches, signature
+from .host_denoiser import HostDenoiser
+from .host_live import Audience
+from .job import told_settings
+from .stock import CAUSAL, SamplerKind, steps_taken, with_signals
+
+
+class WanInside(HostDenoiser):
+    """What a signal and the FLOP count ask of core's Wan models; the forward itself is core's."""
+
+    def __init__(self, guider: Any, model_options: dict[str, Any], x: Tensor, causal: bool) -> None:
+        super().__init__(guider, {"model_options": model_options}, x, shares_time=True)
+        self.causal, self.recomputes_history = causal, not causal
+
+    def show_prompt(self, segment: int) -> None:
+        """Core shows the prompts."""
+
+    def _keys(self, call: Call, frames: int) -> int | None:
+        return (call.offset + frames) * self.tokens if self.causal else None
+
+    _full_keys = _keys
+
+
+class Branches:
+    """The CFG branches of one forward as a ``Denoiser``: their velocities one after the other along the batch.
+
+    Args:
+        inside: where signals and FLOPs come from; None for models not known here.
+    """
+
+    shares_time = False
+    kept_bytes = 0
+
+    def __init__(self, inside: WanInside | None) -> None:
+        self.inside = inside
+        self.recomputes_history = inside is None or inside.recomputes_history
+        self.branches, self.forwards = 1, 1
+        self.answer: list[Tensor] = []
+
+    def begin(self, forward: Callable[[], list[Tensor]], shown: Sequence[int], forwards: int) -> None:
+        """The next call: how core makes it, which of its outputs are CFG branches, and how many forwards it takes."""
+        self.forward, self.shown, self.forwards = forward, shown, forwards
+        self.branches = len(shown)
+
+    def velocity(self, call: Call, x: Tensor) -> Tensor:
+        self.answer = self.forward()
+        noisy, sigma = x[: len(x) // self.branches], max(call.sigmas)
+        parts = [as_video(self.answer[index]) for index in self.shown]
+        return torch.cat([(noisy - part) / sigma if sigma > 0 else torch.zeros_like(noisy) for part in parts])
+
+    def feature(self, kind: str, call: Call, x: Tensor) -> Tensor:
+        x = x[: len(x) // self.branches]
+        return x.transpose(1, 2) if self.inside is None else self.inside.feature(kind, call, x)
+
+    def flops(self, call: Call, frames: int) -> int:
+        if self.inside is None:
+            return 0
+        self.inside.branches = self.forwards
+        return self.inside.flops(call, frames)
+
+    full_flops = flops
+
+    def feature_flops(self, kind: str, call: Call, frames: int) -> int:
+        return 0 if self.inside is None else self.inside.feature_flops(kind, call, frames)
+
+    def keep(self, frames: int) -> str | None:
+        return "off: core's sampler runs the whole window"
+
+
+class Stream:
+    """One forward of every guided call: what conditions it, and its ``Run``."""
+
+    def __init__(self, acceleration: Acceleration, denoiser: Branches, timeline: Timeline) -> None:
+        self.denoiser, self.run = denoiser, Run(acceleration, denoiser, timeline)
+        self.told: tuple | None = None
+        self.segment = -1
+
+    def begin(self, call: Call, told: tuple, table: Sequence[float]) -> None:
+        """Forgets what is stored: a trajectory under other conditions starts."""
+        frames = call.frames[1]
+        self.told, self.segment = told, call.segment
+        self.run.begin_segment(call.segment, frames, 0, frames, table)
+
+    def answer(
+        self, call: Call, given: Tensor, outputs: Sequence[Any], x: Tensor, decision: Decision | None
+    ) -> tuple[list[Tensor], bool]:
+        """What core's ``calc_cond_batch`` returns, and whether core made it; ``decision`` is that of the forward that
+        leads, None where this one does."""
+        stacked = given.repeat(self.denoiser.branches, 1, 1, 1, 1)
+        step = self.run.step if decision is None else self.run.follow
+        velocity, true = step(call, stacked) if decision is None else step(call, stacked, decision)
+        if true:
+            answer, self.denoiser.answer = self.denoiser.answer, []
+            return answer, True
+        held = [torch.zeros_like(x) for _ in outputs]
+        for index, part in zip(self.denoiser.shown, velocity.chunk(self.denoiser.branches), strict=True):
+            held[index] = (given - call.sigmas[0] * part).reshape(x.shape).to(x.dtype)
+        return held, False
+
+
+class StockRun:
+    """One run of a core sampler. Its two methods are core's wrappers of the same names.
+
+    Args:
+        acceleration: what the nodes set. kind: the sampler. table: its noise levels, read before it has them. shape: of
+            the latents. options: of the sampler. guider: core's.
+    """
+
+    def __init__(
+        self, acceleration: Acceleration, kind: SamplerKind, table: list[float], shape: Sequence[int],
+        options: Mapping[str, Any], guider: Any,
+    ) -> None:  # fmt: skip
+        self.acceleration, self.kind, self.table, self.guider = acceleration, kind, table, guider
+        self.timeline = _timeline(acceleration, kind, table, shape, options)
+        self.audience: Audience | None = None
+        self._streams: dict[int, Stream] = {}
+        self._place, self._segment, self._iteration, self._start = 0, 0, 0, None
+        self._sigma, self._decision = math.inf, Decision.RECOMPUTE
+
+    def predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """One guided call; what it asks of the model comes through ``calc_cond_batch``."""
+        self._place = 0
+        out = executor(*args, **kwargs)
+        self.audience.tell()
+        return out
+
+    def calc_cond_batch(
+        self, executor: Any, model: Any, conds: list, x: Tensor, timestep: Tensor, model_options: dict[str, Any]
+    ) -> list[Tensor]:
+        """Outputs of the conditionings: from core, or from what is stored. The first of a guided call leads, others
+        (context windows, passes of a guidance function) follow."""
+        levels = timestep.flatten().tolist()
+        shown, forwards = shown_branches(conds, levels[0])
+        forward = partial(executor, model, conds, x, timestep, model_options)
+        if not shown:
+            return forward()
+        place, self._place = self._place, self._place + 1
+        state = model_options.get("transformer_options", {}).get("ar_state")
+        told = (tuple(x.shape), *signature(model, conds, shown, levels[0], model_options))
+        given = as_video(x)
+        stream = self._streams.get(place)
+        if stream is None:
+            stream = self._streams[place] = self._stream(place, model, x, model_options, state is not None)
+        call = self._call(given.shape[2], levels, state)
+        if place == 0:
+            self._check_target(len(shown))
+            self._lead(stream, call, told)
+        elif stream.told != told:
+            stream.begin(call, told, self.table)
+        stream.denoiser.begin(forward, shown, forwards)
+        answer, true = stream.answer(call, given, conds, x, self._decision if place else None)
+        if place == 0:
+            self._decision = Decision.RECOMPUTE if true else Decision(self.timeline.records[-1].decision)
+        if state is not None and not true:
+            _advance(state["kv_caches"], stream.denoiser.inside.tokens * given.shape[2])
+        return answer
+
+    def finish(self) -> None:
+        """The run ended well."""
+        total = sum(stream.run.state_bytes for stream in self._streams.values())
+        self.timeline.state_bytes = max(self.timeline.state_bytes or 0, total)
+
+    def drop(self) -> None:
+        """Lets go of all tensors."""
+        self._streams.clear()
+        self.guider = None
+
+    def _lead(self, stream: Stream, call: Call, told: tuple) -> None:
+        """Before a leading call: the timeline's branches, and a fresh start where stored velocities cannot serve."""
+        self._iteration += 1
+        self.timeline.branches = max(self.timeline.branches, len(told[2]))
+        if call.kind is not Kind.DENOISE:
+            return
+        sigma = call.sigmas[0]
+        changed = stream.told is not None and stream.told[1:] != told[1:]
+        if changed:
+            self.timeline.settings["conditioning"] = (
+                f"it changed at noise level {sigma:.3g} last; what was stored before a change was dropped"
+            )
+        if stream.told != told or sigma > self._sigma + SAME_SIGMA or stream.segment != call.segment:
+            stream.begin(call, told, self.table)
+            for follower in self._streams.values():
+                follower.told = follower.told if follower is stream else None
+        self._sigma = sigma
+
+    def _call(self, frames: int, levels: list[float], state: Mapping[str, Any] | None) -> Call:
+        """The guided call that is being made."""
+        sigma, steps = levels[0], len(self.table) - 1
+        usable = sigma > 0 and max(levels) - min(levels) < SAME_SIGMA
+        kind, offset, step = Kind.DENOISE, 0, steps_taken(sigma, self.table)
+        if state is not None:
+            offset = state["start_frame"]
+            begun = self._start == offset
+            if sigma == 0.0:
+                kind, step = (Kind.COMMIT if begun else Kind.PREFILL), steps + 1
+            elif not begun:
+                self._segment += self._start is not None
+                self._start, self._iteration, self._sigma = offset, 0, math.inf
+        return Call(
+            kind, self._segment, self._iteration, (0, frames), (sigma,) * frames, (step,) * frames, (usable,) * frames,
+            offset, self.kind.family, steps,
+        )  # fmt: skip
+
+    def _stream(self, place: int, model: Any, x: Tensor, model_options: dict[str, Any], causal: bool) -> Stream:
+        inside = _inside(self.guider, model, model_options, x, causal)
+        network = None if inside is not None else type(model.diffusion_model).__name__
+        acceleration, note = with_signals(self.acceleration, network)
+        if note and place == 0:
+            self.timeline.settings["signal"] = note
+        if place and acceleration.scheduler is not None:
+            acceleration = replace(acceleration, scheduler=replace(acceleration.scheduler, quality=None))
+        return Stream(acceleration, Branches(inside), self.timeline)
+
+    def _check_target(self, branches: int) -> None:
+        scheduler = self.acceleration.scheduler
+        if branches > 1 and scheduler is not None and scheduler.quality is not None:
+            raise ValueError(
+                f"Accelerate AR Video: quality target measures the guided video's error, which {self.kind.name} shows "
+                f"at cfg 1 only, and this run has {branches} guidance branches; use high, balanced or fast, cfg 1, or "
+                "AR Segment Sampler."
+            )
+
+
+def as_video(x: Tensor) -> Tensor:
+    """Latents of any model as ``[B, C, T, H, W]``: pictures are one latent frame, packed latents one row of it."""
+    if x.ndim == 5:
+        return x
+    return x.unsqueeze(2) if x.ndim == 4 else x.reshape(x.shape[0], x.shape[1], 1, 1, -1)
+
+
+def _inside(guider: Any, model: Any, model_options: dict[str, Any], x: Tensor, causal: bool) -> WanInside | None:
+    """The inside of core's plain Wan models; None for others."""
+    network = model.diffusion_model
+    prompt = (getattr(guider, "conds", {}).get("positive") or [{}])[0].get("model_conds", {}).get("c_crossattn")
+    plain = type(network) in (WanModel, CausalWanModel) and x.ndim == 5 and network.in_dim == x.shape[1]
+    if not plain or prompt is None or model is not guider.inner_model:
+        return None
+    return WanInside(guider, model_options, x, causal)
+
+
+def _advance(kv_caches: Sequence[dict[str, Any]], tokens: int) -> None:
+    """Moves the end of core's K/V store as the skipped forward would have."""
+    for cache in kv_caches:
+        cache["end"] += tokens
+
+
+def _timeline(
+    acceleration: Acceleration, kind: SamplerKind, table: list[float], shape: Sequence[int], options: Mapping[str, Any]
+) -> Timeline:
+    """An empty timeline that says what was asked for."""
+    frames, steps = shape[2] if len(shape) == 5 else 1, len(table) - 1
+    block = min(options.get("num_frame_per_block", frames), frames) if kind.name == CAUSAL else frames
+    rows = -(-frames // block)
+    notes = {"sampler": kind.note} if kind.note else {}
+    return Timeline(
+        rows=rows, row_unit="chunk", frames_per_row=block, columns=rows * (steps + 1) if kind.name == CAUSAL else steps,
+        title=f"{kind.name}, {frames} latent frame{'s' * (frames > 1)}",
+        schedule={
+            "mode": "core's sampler", "sampler": kind.name, "latent frames": frames, "steps": steps,
+            "sigmas": [round(level, 4) for level in table],
+        },
+        settings=told_settings(acceleration) | notes,
+    )  # fmt: skip
