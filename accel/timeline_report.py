@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .timeline import StepRecord, Timeline
 
 NAME = "AR Video Accelerator"
+NOTES = ("sampler", "signal", "history signal", "conditioning", "correction")
 _PREFIXES = (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 _ROUND = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
 _STANDSTILLS = {
@@ -85,10 +86,17 @@ def summary(timeline: Timeline) -> str:
         cost_line(timeline),
         _error_line(timeline),
         timeline.settings.get("auto"),
+        *note_lines(timeline),
         *memory_lines(timeline),
         why_nothing_skipped(timeline),
     ]
     return "\n".join(line for line in lines if line)
+
+
+def note_lines(timeline: Timeline) -> list[str]:
+    """What stood in the way of what was asked for, and what was done instead."""
+    told = {key: timeline.settings.get(key) for key in NOTES}
+    return [f"{key}: {value}" for key, value in told.items() if isinstance(value, str)]
 
 
 def memory_lines(timeline: Timeline) -> list[str]:

@@ -1,5 +1,6 @@
 """The nodes of the pack, by file: accelerate (one choice), acceleration, windows and memory (describe), sampler (run),
-prompts and stream (what goes in and out while it runs), timeline and compare (show), tiny (the demo models)."""
+prompts and stream (what goes in and out while it runs), run_timeline, timeline and compare (show), tiny (the demo
+models)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from .acceleration import ACCELERATION_NODES
 from .compare import COMPARE_NODES
 from .memory import MEMORY_NODES
 from .prompts import PROMPT_NODES
+from .run_timeline import RUN_NODES
 from .sampler import SAMPLER_NODES
 from .stream import STREAM_NODES
 from .timeline import TIMELINE_NODES
@@ -21,5 +23,5 @@ class ARVideoAccelerator(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             *ACCELERATE_NODES, *SAMPLER_NODES, *STREAM_NODES, *ACCELERATION_NODES, *WINDOW_NODES, *MEMORY_NODES,
-            *PROMPT_NODES, *TIMELINE_NODES, *COMPARE_NODES, *TINY_NODES,
+            *PROMPT_NODES, *RUN_NODES, *TIMELINE_NODES, *COMPARE_NODES, *TINY_NODES,
         ]  # fmt: skip

@@ -45,6 +45,12 @@ def run_of(latent: Mapping[str, Any], node: str | None) -> Timeline | None:
     return next((run.timeline for run in reversed(of_node or found)), None)
 
 
+def source_of(graph: Mapping[str, Any] | None, node: str | None, name: str) -> str | None:
+    """Id of the node that an input of a node of an API-format graph comes from; None where that is not known."""
+    link = ((graph or {}).get(str(node)) or {}).get("inputs", {}).get(name)
+    return str(link[0]) if isinstance(link, list) and link else None
+
+
 def _digest(samples: Any) -> str:
     """Of latents as core's sampler nodes hand them on."""
     if getattr(samples, "is_nested", False):

@@ -172,7 +172,7 @@ class StockRun:
         if place == 0:
             self._decision = Decision.RECOMPUTE if true else Decision(self.timeline.records[-1].decision)
         if state is not None and not true:
-            _advance(state["kv_caches"], stream.denoiser.inside.tokens * given.shape[2])
+            _advance(state["kv_caches"], x, model.diffusion_model.patch_size)
         return answer
 
     def finish(self) -> None:
@@ -258,10 +258,11 @@ def _inside(guider: Any, model: Any, model_options: dict[str, Any], x: Tensor, c
     return WanInside(guider, model_options, x, causal)
 
 
-def _advance(kv_caches: Sequence[dict[str, Any]], tokens: int) -> None:
-    """Moves the end of core's K/V store as the skipped forward would have."""
+def _advance(kv_caches: Sequence[dict[str, Any]], x: Tensor, patch: Sequence[int]) -> None:
+    """Moves the end of core's K/V store as a forward of ``x`` ``[B, C, T, H, W]`` would have."""
+    frames, height, width = x.shape[2:]
     for cache in kv_caches:
-        cache["end"] += tokens
+        cache["end"] += frames * -(-height // patch[1]) * -(-width // patch[2])
 
 
 def _timeline(

@@ -1,7 +1,7 @@
 """What core's samplers do between two model calls, which decides what may be reused under them.
 
-A sampler that adds noise along the way leaves the trajectory that stored velocities belong to: the fresh noise would come
-back as signal. There only x0 may be held, which equals one longer step, and nothing is predicted.
+A sampler that adds noise along the way leaves the trajectory that stored velocities belong to: the fresh noise would
+come back as signal. There only x0 may be held, which equals one longer step, and nothing is predicted.
 """
 
 from __future__ import annotations
@@ -117,6 +117,6 @@ def with_signals(acceleration: Acceleration, network: str | None) -> tuple[Accel
     if not replaced:
         return acceleration, None
     return acceleration, (
-        f"{' and '.join(replaced)} cannot be read from {network}, so the change of the latents is measured, which needs "
-        "thresholds of its own"
+        f"{' and '.join(replaced)} cannot be read from {network}, so the change of the latents is measured, which "
+        "needs thresholds of its own"
     )
