@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..accel.presets import EXACT, PRESETS, QUALITIES, TARGET, digest, quality_target, target_report
-from .acceleration import CATEGORY, OUTPUT, describe_all
+from .acceleration import CATEGORY, EVERYWHERE, describe_all
 from .host import model_regime
 from .host_files import embedded_model
 
@@ -20,7 +20,8 @@ class ARVAAccelerate(io.ComfyNode):
             display_name=NODE,
             category=CATEGORY,
             description="Makes an autoregressive video model faster with settings measured for it. Connect the model "
-            "to an AR Segment Sampler; settings says what was set and on what measurement it rests.",
+            "to an AR Segment Sampler, or to one of core's samplers; settings says what was set and on what measurement "
+            "it rests.",
             search_aliases=["ar video cache", "speed up video", "teacache", "easycache", "faster wan", "preset"],
             inputs=[
                 io.Model.Input("model", tooltip="An autoregressive video model. What acceleration nodes before this "
@@ -35,7 +36,7 @@ class ARVAAccelerate(io.ComfyNode):
                                "The other qualities ignore it."),
             ],
             outputs=[
-                io.Model.Output("accelerated", display_name="model", tooltip=OUTPUT),
+                io.Model.Output("accelerated", display_name="model", tooltip=EVERYWHERE),
                 io.String.Output("settings", display_name="settings",
                                  tooltip="What was set, and the speed and closeness measured with it, in a few lines."),
             ],

@@ -1,7 +1,7 @@
 """Nodes that describe an acceleration: History-Guided Cache, Tri-Modal Scheduler, Residual Correction.
 
-Each returns a clone of the MODEL that carries one more part of a frozen ``Acceleration``. The AR Segment Sampler reads
-it and makes the state of a run; nothing here keeps any.
+Each returns a clone of the MODEL that carries one more part of a frozen ``Acceleration``. The AR Segment Sampler, or the
+wrapper that comes with it for core's samplers, reads it and makes the state of a run; nothing here keeps any.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from .names import CATEGORY, OPTION
 ORDERS = {"1": 1, "2": 2, "newton2": "newton2", "auto": "auto"}
 GUIDED, SCHEDULED = HistoryGuidedConfig(), SchedulerConfig()
 THRESHOLDS = SCHEDULED.thresholds
-OUTPUT = "The model with this acceleration described; only the AR Segment Sampler reads it."
+OUTPUT = "The model with this acceleration described, for an AR Segment Sampler."
+EVERYWHERE = "The model with this acceleration described, for an AR Segment Sampler or core's samplers."
 MAX_SKIP = "Most calls in a row that may be skipped before one is computed."
 ORDER = (
     "Of the prediction: a line through the last two velocities (1), the quadratic of SCOPE (2) or of Newton (newton2), "
@@ -73,10 +74,11 @@ class ARVAHistoryGuidedCache(io.ComfyNode):
             display_name="History-Guided Cache",
             category=CATEGORY,
             description="Reuses the last velocity while the history frames that the model is conditioned on change "
-            "little (ARCache). Connect the model to an AR Segment Sampler.",
+            "little (ARCache). Connect the model to an AR Segment Sampler, or to one of core's samplers, where the whole "
+            "input is measured.",
             search_aliases=["arcache", "teacache", "easycache", "ar video cache", "speed up video"],
             inputs=[
-                io.Model.Input("model", tooltip="An autoregressive video model."),
+                io.Model.Input("model", tooltip="An autoregressive video model, or any flow model for core's samplers."),
                 io.Float.Input("threshold", default=GUIDED.delta, min=0.0, max=10.0, step=0.01, round=0.0001,
                                tooltip="Reuse while the accumulated relative change stays within this; higher is "
                                "faster and less exact, 0 is off."),
@@ -88,7 +90,7 @@ class ARVAHistoryGuidedCache(io.ComfyNode):
                              tooltip=MAX_SKIP),
                 io.Int.Input("warmup", default=GUIDED.warmup, min=1, max=100, advanced=True, tooltip=WARMUP),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip=OUTPUT)],
+            outputs=[io.Model.Output(display_name="model", tooltip=EVERYWHERE)],
         )  # fmt: skip
 
     @classmethod
@@ -106,10 +108,11 @@ class ARVATriModalScheduler(io.ComfyNode):
             display_name="Tri-Modal Scheduler",
             category=CATEGORY,
             description="Decides at every step whether to reuse the last velocity, to predict the next one from the "
-            "stored ones, or to run the model (SCOPE). Connect the model to an AR Segment Sampler.",
+            "stored ones, or to run the model (SCOPE). Connect the model to an AR Segment Sampler, or to one of core's "
+            "samplers.",
             search_aliases=["scope", "taylorseer", "predict recompute", "ar video scheduler", "speed up video"],
             inputs=[
-                io.Model.Input("model", tooltip="An autoregressive video model."),
+                io.Model.Input("model", tooltip="An autoregressive video model, or any flow model for core's samplers."),
                 io.Float.Input("cache_below", default=THRESHOLDS.tau_cache, min=0.0, max=100.0, step=0.01,
                                round=0.0001, tooltip="Reuse the last velocity while the accumulated change is below "
                                "this; 0 never reuses."),
@@ -129,7 +132,7 @@ class ARVATriModalScheduler(io.ComfyNode):
                 io.Float.Input("reach", default=SCHEDULED.reach, min=0.0, max=100.0, step=0.1, round=0.01,
                                advanced=True, tooltip=REACH),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip=OUTPUT)],
+            outputs=[io.Model.Output(display_name="model", tooltip=EVERYWHERE)],
         )  # fmt: skip
 
     @classmethod
@@ -159,7 +162,7 @@ class ARVAResidualCorrection(io.ComfyNode):
                                tooltip="How far a reused velocity is moved: in proportion to the noise level "
                                "(sigma_linear), as the first segment moved (seg1_l1, the paper's), or not (hold)."),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip=OUTPUT)],
+            outputs=[io.Model.Output(display_name="model", tooltip=EVERYWHERE)],
         )  # fmt: skip
 
     @classmethod
