@@ -20,8 +20,8 @@ class ARVAAccelerate(io.ComfyNode):
             display_name=NODE,
             category=CATEGORY,
             description="Makes an autoregressive video model faster with settings measured for it. Connect the model "
-            "to an AR Segment Sampler, or to one of core's samplers; settings says what was set and on what measurement "
-            "it rests.",
+            "to an AR Segment Sampler, or to one of core's samplers; settings says what was set and on what "
+            "measurement it rests.",
             search_aliases=["ar video cache", "speed up video", "teacache", "easycache", "faster wan", "preset"],
             inputs=[
                 io.Model.Input("model", tooltip="An autoregressive video model. What acceleration nodes before this "

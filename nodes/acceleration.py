@@ -1,7 +1,7 @@
 """Nodes that describe an acceleration: History-Guided Cache, Tri-Modal Scheduler, Residual Correction.
 
-Each returns a clone of the MODEL that carries one more part of a frozen ``Acceleration``. The AR Segment Sampler, or the
-wrapper that comes with it for core's samplers, reads it and makes the state of a run; nothing here keeps any.
+Each returns a clone of the MODEL that carries one more part of a frozen ``Acceleration``. The AR Segment Sampler, or
+the wrapper that comes with it for core's samplers, reads it and makes the state of a run; nothing here keeps any.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ GUIDED, SCHEDULED = HistoryGuidedConfig(), SchedulerConfig()
 THRESHOLDS = SCHEDULED.thresholds
 OUTPUT = "The model with this acceleration described, for an AR Segment Sampler."
 EVERYWHERE = "The model with this acceleration described, for an AR Segment Sampler or core's samplers."
+ANY_MODEL = "An autoregressive video model; for core's samplers, any flow model."
 MAX_SKIP = "Most calls in a row that may be skipped before one is computed."
 ORDER = (
     "Of the prediction: a line through the last two velocities (1), the quadratic of SCOPE (2) or of Newton (newton2), "
@@ -74,11 +75,11 @@ class ARVAHistoryGuidedCache(io.ComfyNode):
             display_name="History-Guided Cache",
             category=CATEGORY,
             description="Reuses the last velocity while the history frames that the model is conditioned on change "
-            "little (ARCache). Connect the model to an AR Segment Sampler, or to one of core's samplers, where the whole "
-            "input is measured.",
+            "little (ARCache). Connect the model to an AR Segment Sampler, or to one of core's samplers, where the "
+            "whole input is measured.",
             search_aliases=["arcache", "teacache", "easycache", "ar video cache", "speed up video"],
             inputs=[
-                io.Model.Input("model", tooltip="An autoregressive video model, or any flow model for core's samplers."),
+                io.Model.Input("model", tooltip=ANY_MODEL),
                 io.Float.Input("threshold", default=GUIDED.delta, min=0.0, max=10.0, step=0.01, round=0.0001,
                                tooltip="Reuse while the accumulated relative change stays within this; higher is "
                                "faster and less exact, 0 is off."),
@@ -112,7 +113,7 @@ class ARVATriModalScheduler(io.ComfyNode):
             "samplers.",
             search_aliases=["scope", "taylorseer", "predict recompute", "ar video scheduler", "speed up video"],
             inputs=[
-                io.Model.Input("model", tooltip="An autoregressive video model, or any flow model for core's samplers."),
+                io.Model.Input("model", tooltip=ANY_MODEL),
                 io.Float.Input("cache_below", default=THRESHOLDS.tau_cache, min=0.0, max=100.0, step=0.01,
                                round=0.0001, tooltip="Reuse the last velocity while the accumulated change is below "
                                "this; 0 never reuses."),

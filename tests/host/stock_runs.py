@@ -284,7 +284,9 @@ def other_models(model, latent: dict) -> None:
     for name, (kind, config, shape, width) in tiny.items():
         given = random_model(kind, config)
         words = torch.randn(1, 6, width, generator=torch.Generator().manual_seed(3))
-        options = {"attention_mask": torch.ones(1, 6)} if name == "LTXV" else {"pooled_output": words[:, 0]}
+        options = (
+            {"attention_mask": torch.ones(1, 6, dtype=torch.long)} if name == "LTXV" else {"pooled_output": words[:, 0]}
+        )
         shown, hidden = ([[each, options]] for each in (words, words.flip(1)))
         prompts = {"positive": shown, "negative": hidden}
         start = {"samples": torch.zeros(shape)}
