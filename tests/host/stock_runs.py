@@ -149,7 +149,7 @@ def like_the_segment_sampler(model, latent: dict) -> None:
         "tri-modal": scheduled(model, 0.2, 0.9),
         "corrected": node("ARVAResidualCorrection", scheduled(model, 0.9, 0.9), "sigma_linear")[0],
         "history": node("ARVAHistoryGuidedCache", model, 0.3, "auto", 5, 2)[0],
-        "timestep": scheduled(model, 0.02, 0.05, "timestep"),
+        "timestep": scheduled(model, 0.1, 0.3, "timestep"),
         "latent": scheduled(model, 0.2, 0.6, "latent"),
     }
     facts["like ours"] = {}
@@ -216,7 +216,7 @@ def end_of_a_run(model, latent: dict) -> None:
     facts["again"] = torch.equal(ksampler(fast, latent), before)
 
     def stop(executor, *inputs, **named):
-        if counts[0] == 4:
+        if counts[0] >= 4:
             comfy.model_management.interrupt_current_processing()
             comfy.model_management.throw_exception_if_processing_interrupted()
         return executor(*inputs, **named)

@@ -19,11 +19,11 @@ from accel.timeline import Timeline
 from demo.model import MODELS, TinyConfig, TinyWan, save_model
 from tests.host.comfy import PACK_NAME, PACK_ROOT, ComfyServer, PromptError
 from tests.host.workflow_graph import graph_nodes, inputs_of, load_template, slots_agree, to_api, widgets_agree
+from tests.host.workflow_library import core_sampler
 from tests.host.workflow_run import (
     AGREEMENT,
     NAMES,
     OTHERS_WEIGHTS,
-    SAMPLER,
     THUMBNAIL_BYTES,
     WORKFLOWS,
     Graph,
@@ -33,6 +33,7 @@ from tests.host.workflow_run import (
     nodes_of,
     run_graph,
     run_workflows,
+    samplers_of,
     video_nodes,
 )
 
@@ -45,6 +46,8 @@ SHORT = {
     "tiny_stream": {"frames": 12},
     "tiny_long_video": {"frames": 32, "from_segment": 5},
     "tiny_accelerate_compare": {"frames": 16, "steps": 8, "ar_step": 2},
+    "tiny_ksampler": {"frames": 8, "steps": 20},
+    "tiny_sampler_ar_video": {"frames": 12},
 }
 
 
@@ -195,13 +198,13 @@ def check_run(server: ComfyServer, infos: dict[str, Any], name: str, target: Pat
     for video in run.videos:
         pictures = decoded(video)
         assert len(pictures) == frames and pictures[0].shape == (side, side, 3)
-    assert list(run.samplers) == nodes_of(graph, SAMPLER)
+    assert list(run.samplers) == samplers_of(graph)
     for sampler, made in run.samplers.items():
         assert load_file(made.latent)["latent_tensor"].shape == (1, 16, frames, 8, 8)
         check_timeline(made, frames)
         calls = made.totals["calls"]
         assert calls["recompute"] > 0
-        if graph[graph[sampler]["inputs"]["model"][0]]["class_type"] == "UNETLoader":
+        if model_source(graph, sampler) == "UNETLoader":
             assert calls["cache"] == calls["predict"] == 0
         else:
             if not nodes_of(graph, "ARVAKVCacheBudget"):
@@ -215,6 +218,14 @@ def check_run(server: ComfyServer, infos: dict[str, Any], name: str, target: Pat
     for compare in nodes_of(graph, "ARVACompareRuns"):
         (table,) = run.entry["outputs"][compare]["text"]
         assert "| PSNR | " in table and "measured speed-up" in table
+
+
+def model_source(graph: Graph, sampler: str) -> str:
+    """Class of the node that a sampler's MODEL comes from."""
+    inputs = graph[core_sampler(graph, sampler)]["inputs"]
+    while "model" not in inputs:
+        inputs = graph[inputs["guider"][0]]["inputs"]
+    return graph[inputs["model"][0]]["class_type"]
 
 
 def decoded(video: Path) -> list[Any]:

@@ -33,6 +33,8 @@ WAN_DEVIATION = (
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
 
+CAUSAL_SHIFT = 5.0  # core's for causal models
+
 
 def host_latents(path: Path) -> Tensor:
     """What core's Save Latent wrote, in the model's space."""
@@ -45,11 +47,14 @@ def library_latents(graph: dict[str, dict[str, Any]], model: TinyWan, sampler_id
 
     Args:
         graph: API format. model: what the graph's loader would load.
-        sampler_id: an AR Segment Sampler whose mode is not left to the host.
+        sampler_id: an AR Segment Sampler whose mode is not left to the host, or a Run Timeline behind core's KSampler
+            or Sampler AR Video.
 
     Raises:
         ValueError: the graph holds a setting that this reading of it does not know.
     """
+    if core_sampler(graph, sampler_id) != sampler_id:
+        return _core_latents(graph, model, core_sampler(graph, sampler_id))
     sampler = graph[sampler_id]["inputs"]
     context, negative = _prompts(graph, sampler["positive"][0]), _prompts(graph, sampler["negative"][0])[0]
     frames, seed = graph[sampler["latent_image"][0]]["inputs"]["frames"], _number(graph, sampler["seed"])
@@ -69,6 +74,33 @@ def library_latents(graph: dict[str, dict[str, Any]], model: TinyWan, sampler_id
         plan = SegmentPlan(frames, *(sampler[key] for key in ("segment", "overlap", "block", "ar_step", "steps")))
         solver = sampler["solver"].replace("auto", "euler")
         return generate.sample(model, context, noise, acceleration, plan, solver=solver, **settings).latents
+
+
+def core_sampler(graph: dict[str, dict[str, Any]], node_id: str) -> str:
+    """Id of the sampler whose run a Run Timeline tells; of any other node its own."""
+    told = graph[node_id]["class_type"] == "ARVARunTimeline"
+    return graph[node_id]["inputs"]["latent"][0] if told else node_id
+
+
+def _core_latents(graph: dict[str, dict[str, Any]], model: TinyWan, sampler_id: str) -> Tensor:
+    """What KSampler and Sampler AR Video make: one segment that all frames denoise together, or causal blocks."""
+    given = graph[sampler_id]["inputs"]
+    frames = graph[given["latent_image"][0]]["inputs"]["frames"]
+    if graph[sampler_id]["class_type"] == "KSampler":
+        if (given["sampler_name"], given["scheduler"], given["cfg"]) != ("euler", "simple", 1.0):
+            raise ValueError("The library's twin of KSampler knows Euler over the simple schedule at cfg 1.")
+        noise, context = generate.start_noise(given["seed"], frames), _prompts(graph, given["positive"][0])
+        plan = SegmentPlan(frames, frames, block=frames, steps=given["steps"])
+        acceleration = _acceleration(graph, given["model"][0], model)
+        with torch.inference_mode():
+            return generate.sample(model, context, noise, acceleration, plan, guidance=1.0).latents
+    guider, levels = (graph[given[name][0]]["inputs"] for name in ("guider", "sigmas"))
+    seed = graph[given["noise"][0]]["inputs"]["noise_seed"]
+    noise, context = generate.start_noise(seed, frames), _prompts(graph, guider["conditioning"][0])
+    acceleration = _acceleration(graph, guider["model"][0], model)
+    steps = {"steps": levels["steps"], "renoise_seed": seed}
+    with torch.inference_mode():
+        return generate.sample_causal(model, context, noise, acceleration, **steps, shift=CAUSAL_SHIFT).latents
 
 
 def _prompts(graph: dict[str, dict[str, Any]], node_id: str) -> dict[int, Tensor]:
@@ -91,6 +123,10 @@ def _acceleration(graph: dict[str, dict[str, Any]], node_id: str, model: TinyWan
     if node["class_type"] == "UNETLoader":
         return Acceleration()
     inputs = node["inputs"]
+    if node["class_type"] == "ModelSamplingSD3":
+        if inputs["shift"] != generate.SHIFT:
+            raise ValueError(f"The library's twin needs shift {generate.SHIFT:g}.")
+        return _acceleration(graph, inputs["model"][0], model)
     if node["class_type"] == "ARVAAccelerate":
         if inputs["quality"] == EXACT:
             return Acceleration()

@@ -29,10 +29,11 @@ WORKFLOWS = PACK_ROOT / "workflows"
 TARGET = PACK_ROOT / "demo" / "output" / "host"
 NAMES = (
     "tiny_diffusion_forcing", "tiny_chunk_cache", "tiny_next_clip", "tiny_causal", "tiny_stream",
-    "tiny_long_video", "tiny_accelerate_compare",
+    "tiny_long_video", "tiny_accelerate_compare", "tiny_ksampler", "tiny_sampler_ar_video",
 )  # fmt: skip
 OTHERS_WEIGHTS = ("causal_forcing_fast",)  # runs only with checkpoints that are not part of the pack
 SAMPLER, TIMELINE, VIDEO = "ARVASegmentSampler", "ARVATimeline", "SaveVideo"
+OF_CORE = "ARVARunTimeline"  # gives latent and timeline of one of core's samplers, as ours gives its own
 LATENT_NODE = "latent of "
 RUN_SECONDS = 1800.0
 AGREEMENT = 1e-3
@@ -43,7 +44,7 @@ Graph = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class SamplerRun:
-    """What one AR Segment Sampler of a workflow made.
+    """What one sampler of a workflow made.
 
     Attributes:
         latent: a safetensors file; its ``latent_tensor`` is the sampler's LATENT, in core's LATENT space.
@@ -82,6 +83,11 @@ def nodes_of(graph: Graph, class_type: str) -> list[str]:
     return [node_id for node_id, node in graph.items() if node["class_type"] == class_type]
 
 
+def samplers_of(graph: Graph) -> list[str]:
+    """Ids of the nodes that give a latent and the timeline of its run."""
+    return nodes_of(graph, SAMPLER) + nodes_of(graph, OF_CORE)
+
+
 def video_nodes(graph: Graph) -> list[str]:
     """Ids of the nodes that save a video: Save Video, then samplers that stream one."""
     streaming = [node_id for node_id in nodes_of(graph, SAMPLER) if "stream" in graph[node_id]["inputs"]]
@@ -89,13 +95,13 @@ def video_nodes(graph: Graph) -> list[str]:
 
 
 def with_saved_latents(graph: Graph) -> Graph:
-    """A copy of ``graph`` that also saves the latents of every AR Segment Sampler."""
+    """A copy of ``graph`` that also saves the latents of every sampler."""
     saves = {
         LATENT_NODE + sampler: {
             "class_type": "SaveLatent",
             "inputs": {"samples": [sampler, 0], "filename_prefix": "latents/arva"},
         }
-        for sampler in nodes_of(graph, SAMPLER)
+        for sampler in samplers_of(graph)
     }
     return {**copy.deepcopy(graph), **saves}
 
@@ -130,7 +136,7 @@ def run_graph(server: ComfyServer, graph: Graph, target: Path, timeout: float = 
     videos = _marked(video_nodes(graph))
     return WorkflowRun(
         videos=tuple(fetch(made[node]["images"][0], f"video{mark}.mp4") for mark, node in videos),
-        samplers={node: sampled(node, mark) for mark, node in _marked(nodes_of(graph, SAMPLER))},
+        samplers={node: sampled(node, mark) for mark, node in _marked(samplers_of(graph))},
         entry=entry,
     )
 
