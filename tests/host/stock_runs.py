@@ -305,9 +305,7 @@ def other_models(model, latent: dict) -> None:
                 "report": last().summary(),
             }  # fmt: skip
         facts["models"][name] = told
-    eps = model.clone()
-    eps.add_object_patch("model_sampling", node("ModelSamplingDiscrete", model, "eps", False)[0].get_model_object(
-        "model_sampling"))  # fmt: skip
+    (eps,) = NODES["ModelSamplingDiscrete"]().patch(model, "eps", False)
     facts["no flow"] = refusal(ksampler, scheduled(eps), latent)
 
 
