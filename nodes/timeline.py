@@ -24,7 +24,7 @@ class ARVATimeline(io.ComfyNode):
             search_aliases=["cache report", "skipped steps", "ar video report", "timeline"],
             is_output_node=True,
             inputs=[
-                TimelineType.Input("timeline", tooltip="Timeline of an AR Segment Sampler."),
+                TimelineType.Input("timeline", tooltip="Timeline of an AR Segment Sampler, or from Run Timeline."),
                 io.String.Input(
                     "filename_prefix",
                     default="ar_timeline",
