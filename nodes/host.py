@@ -25,7 +25,7 @@ from .host_denoiser import CausalHostDenoiser, HostDenoiser, per_frame_sampling
 from .host_identity import describe_run, graph_digest
 from .host_kv import BoundedHostDenoiser, with_own_store
 from .host_live import Audience
-from .host_neighbours import check_other_caches
+from .host_neighbours import check_other_caches, check_windows
 from .host_progress import Progress
 from .host_stream import SegmentStream
 from .job import CAUSAL, CLIP, NODE, Job
@@ -91,6 +91,7 @@ def sample_segments(
     """Runs ``job`` and returns the LATENT; ``timeline`` is filled on the way, before the eyes of whom ``hidden`` (the
     node's hidden inputs ``prompt`` and ``extra_pnginfo``) names, and finished segments go into ``stream``."""
     check_other_caches(NODE, model.model_options)
+    check_windows(NODE, model.model_options)
     samples, given = latent["samples"], 0
     for prompt, used in ((positive, True), (negative, job.cfg != 1.0)):
         check_prompts(NODE, prompt, 1 if used and job.mode == CAUSAL else None)

@@ -1,4 +1,4 @@
-"""Other packs' and core's own caches on the same MODEL: two that skip on top of each other cannot both be right."""
+"""What else is on a MODEL that cannot go with ours: core's own caches and windows."""
 
 from __future__ import annotations
 
@@ -16,4 +16,13 @@ def check_other_caches(node: str, model_options: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{node}: {name} is on the model too, and one would skip steps on top of what the other skipped; remove "
             f"{name}, or the acceleration nodes of AR Video."
+        )
+
+
+def check_windows(node: str, model_options: Mapping[str, Any]) -> None:
+    """Raises ValueError where core's context windows would cut what ``node`` cuts itself."""
+    if model_options.get("context_handler") is not None:
+        raise ValueError(
+            f"{node}: context windows are on the model, and segments are windows already; remove the context windows "
+            "node and set segment and overlap here."
         )
