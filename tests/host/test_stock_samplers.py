@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.host.comfy import ComfyServer
 from tests.host.inprocess import run_in_process
 from tests.host.test_nodes import checkpoints
 
@@ -167,3 +169,63 @@ def test_causal_blocks_of_core_are_those_of_the_segment_sampler(facts: dict[str,
 def test_what_needs_our_own_loop_is_refused(facts: dict[str, Any]) -> None:
     assert facts["elsewhere"].startswith("KV Cache Budget: acts in AR Segment Sampler only, and this model goes to ar")
     assert facts["chunks"].startswith("Chunk Cache: acts in AR Segment Sampler only, and this model goes to euler")
+
+
+def core_graph(threshold: float) -> dict[str, Any]:
+    """API-format graph: KSampler on the embedded model, with Run Timeline and AR Timeline."""
+    scheduler = {
+        "model": ["1", 0], "cache_below": threshold, "predict_below": threshold, "signal": "log-snr", "order": "1",
+        "decay": 1.0, "max_skip": 5, "warmup": 1, "reach": 0.0,
+    }  # fmt: skip
+    sampling = {
+        "model": ["2", 0], "positive": ["3", 0], "negative": ["3", 0], "latent_image": ["4", 0], "seed": 3, "steps": 6,
+        "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
+    }  # fmt: skip
+    nodes = {
+        "1": ("UNETLoader", {"unet_name": "tiny-df.safetensors", "weight_dtype": "default"}),
+        "2": ("ARVATriModalScheduler", scheduler),
+        "3": ("ARVATinyPrompt", {"text": "red disc, float, still"}),
+        "4": ("ARVATinyLatent", {"frames": 4, "width": 64, "height": 64, "batch_size": 1}),
+        "5": ("KSampler", sampling),
+        "6": ("ARVARunTimeline", {"latent": ["5", 0]}),
+        "7": ("ARVATimeline", {"timeline": ["6", 1], "filename_prefix": "timeline/core"}),
+    }
+    return {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in nodes.items()}
+
+
+def told(server: ComfyServer, entry: dict[str, Any]) -> list[str]:
+    """Decisions of the timeline that node 7 saved."""
+    (files,) = entry["outputs"]["7"]["arva_timeline"]
+    saved = server.output_dir / files["json"]["subfolder"] / files["json"]["filename"]
+    return [record["decision"] for record in json.loads(saved.read_text())["records"]]
+
+
+def test_the_widget_sees_a_run_of_core_grow_and_its_result_stands_on_the_sampler(server: ComfyServer) -> None:
+    entry = server.run(core_graph(0.9))
+    events = server.events_of(entry["prompt_id"], "arva.timeline")
+    assert events and all(event["node"] == "5" and event["views"] == ["7"] for event in events)
+    assert events[-1]["done"] and sum(len(event["records"]) for event in events) == 6
+    assert "cache" in told(server, entry)
+
+
+def test_a_sampler_that_core_does_not_run_again_keeps_its_own_timeline(server: ComfyServer) -> None:
+    fast, slow = core_graph(0.8), core_graph(0.01)
+    expected = {"fast": told(server, server.run(fast)), "slow": told(server, server.run(slow))}
+    assert expected["slow"] == ["recompute"] * 6 != expected["fast"]
+    without = {key: node for key, node in core_graph(0.7).items() if key not in ("6", "7")}
+    without["8"] = {"class_type": "SaveLatent", "inputs": {"samples": ["5", 0], "filename_prefix": "latents/core"}}
+    server.run(without)
+    later = server.run(without | core_graph(0.7))
+    assert "5" in [
+        node for event in server.events_of(later["prompt_id"], "execution_cached") for node in event["nodes"]
+    ]
+    assert "cache" in told(server, later)
+
+
+def test_without_acceleration_the_report_says_that_every_call_was_computed(server: ComfyServer) -> None:
+    graph = core_graph(0.9)
+    graph["5"]["inputs"]["model"] = ["1", 0]
+    del graph["2"]
+    graph["8"] = {"class_type": "PreviewAny", "inputs": {"source": ["6", 2]}}
+    (text,) = server.run(graph)["outputs"]["8"]["text"]
+    assert text.startswith("Run Timeline: no accelerated run made this latent.")
