@@ -53,15 +53,24 @@ def graph_digest(graph: Mapping[str, Any] | None, node: str | None, name: str) -
     """Digest of all nodes that an input of a node of an API-format graph comes from, whatever their ids; of nothing
     where the graph is not known."""
 
-    def expand(value: Any) -> Any:
-        if isinstance(value, list) and len(value) == 2 and str(value[0]) in graph:
-            source = graph[str(value[0])]
-            inputs = {key: expand(entry) for key, entry in sorted(source.get("inputs", {}).items())}
-            return [source.get("class_type"), inputs, value[1]]
-        return value
-
     source = ((graph or {}).get(str(node)) or {}).get("inputs", {}).get(name)
-    return digest(json.dumps(expand(source), sort_keys=True, default=str) if source else "")
+    return digest(json.dumps(_expanded(graph, source), sort_keys=True, default=str) if source else "")
+
+
+def node_digest(graph: Mapping[str, Any] | None, node: str | None) -> str:
+    """Digest of a node of an API-format graph and of all nodes before it, whatever their ids; empty where it is not
+    known."""
+    known = str(node) in (graph or {})
+    return digest(json.dumps(_expanded(graph, [str(node), 0]), sort_keys=True, default=str)) if known else ""
+
+
+def _expanded(graph: Mapping[str, Any], value: Any) -> Any:
+    """A value of an input with every link in the place of what it leads to."""
+    if isinstance(value, list) and len(value) == 2 and str(value[0]) in graph:
+        source = graph[str(value[0])]
+        inputs = {key: _expanded(graph, entry) for key, entry in sorted(source.get("inputs", {}).items())}
+        return [source.get("class_type"), inputs, value[1]]
+    return value
 
 
 def digest(content: Any) -> str:

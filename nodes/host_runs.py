@@ -1,7 +1,8 @@
-"""Timelines of the last runs of core's samplers, found again by the latent that a run made.
+"""Timelines of the last runs of core's samplers, found again by what was asked for and the latent that came of it.
 
-A sampler of core's has no output for them. What is kept is plain numbers and a digest, no tensor; a latent that core
-serves from its cache still finds the run that made it, and never another one.
+A sampler of core's has no output for them. What is kept is plain numbers and two digests, no tensor: of the graph
+before the sampler and of the latent. A latent that core serves from its cache finds the run that made it, and never one
+with other settings that came to the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import comfy.utils
 from torch import Tensor
 
 from ..accel.timeline import Timeline
-from .host_identity import digest
+from .host_identity import digest, node_digest
 
 KEPT = 32
 _runs: deque[FinishedRun] = deque(maxlen=KEPT)
@@ -24,25 +25,23 @@ _runs: deque[FinishedRun] = deque(maxlen=KEPT)
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """What a run made: digest of its latent, node that ran it (None where none did), and timeline."""
+    """Digests of the latent that a run made and of the graph that asked for it, and the run's timeline."""
 
     latent: str
-    node: str | None
+    asked: str
     timeline: Timeline
 
 
-def remember(samples: Tensor, node: str | None, timeline: Timeline) -> None:
-    """Keeps the timeline of a run that ended with ``samples``."""
-    _runs.append(FinishedRun(_digest(samples), node, timeline))
+def remember(samples: Tensor, graph: Mapping[str, Any] | None, node: str | None, timeline: Timeline) -> None:
+    """Keeps the timeline of a run of ``node`` of an API-format graph (None where there is none) that ended with
+    ``samples``."""
+    _runs.append(FinishedRun(_digest(samples), node_digest(graph, node), timeline))
 
 
-def run_of(latent: Mapping[str, Any], node: str | None) -> Timeline | None:
-    """The timeline of the run that made a LATENT; of several that made the very same one, that of ``node``, or the
-    last. None where no accelerated run did."""
-    made = _digest(latent["samples"])
-    found = [run for run in _runs if run.latent == made]
-    of_node = [run for run in found if run.node is not None and run.node == node]
-    return next((run.timeline for run in reversed(of_node or found)), None)
+def run_of(latent: Mapping[str, Any], graph: Mapping[str, Any] | None, node: str | None) -> Timeline | None:
+    """The timeline of the run of ``node`` that made a LATENT; None where no accelerated run did."""
+    wanted = _digest(latent["samples"]), node_digest(graph, node)
+    return next((run.timeline for run in reversed(_runs) if (run.latent, run.asked) == wanted), None)
 
 
 def source_of(graph: Mapping[str, Any] | None, node: str | None, name: str) -> str | None:

@@ -53,14 +53,15 @@ def outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
     check_other_caches(node, options)
     _check_flow(node, guider.model_patcher)
     run = StockRun(acceleration, kind, sigmas.tolist(), noise.shape, getattr(sampler, "extra_options", {}), guider)
-    run.audience = audience = Audience(run.timeline, *running_prompt())
+    graph, extra = running_prompt()
+    run.audience = audience = Audience(run.timeline, graph, extra)
     add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, run.predict_noise, options, is_model_options=True)
     add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, run.calc_cond_batch, options, is_model_options=True)
     try:
         out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         run.finish()
         audience.tell(done=True)
-        remember(out, audience.node, run.timeline)
+        remember(out, graph, audience.node, run.timeline)
         logging.info(run.timeline.log_line())
         return out
     finally:

@@ -40,7 +40,8 @@ class ARVARunTimeline(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent: io.Latent.Type) -> io.NodeOutput:
-        timeline = run_of(latent, source_of(cls.hidden.prompt, cls.hidden.unique_id, "latent"))
+        graph, own = getattr(cls.hidden, "prompt", None), getattr(cls.hidden, "unique_id", None)
+        timeline = run_of(latent, graph, source_of(graph, own, "latent"))
         if timeline is None:
             return io.NodeOutput(latent, Timeline(title="No accelerated run"), NOTHING)
         return io.NodeOutput(latent, timeline, timeline.summary())

@@ -250,10 +250,10 @@ def run_timeline(model, latent: dict) -> None:
     first = common_ksampler(scheduled(model), 1, STEPS, 2.0, "euler", "simple", positive, negative, latent)[0]
     told = last()
     second = common_ksampler(scheduled(model), 2, STEPS, 2.0, "euler", "simple", positive, negative, latent)[0]
-    facts["found"] = [finished.run_of(first, None) is told, finished.run_of(second, None) is last()]
+    facts["found"] = [finished.run_of(first, None, None) is told, finished.run_of(second, None, None) is last()]
     changed = {"samples": first["samples"] + 1}
-    facts["not found"] = finished.run_of(changed, None)
-    kept = [type(value).__name__ for run in finished._runs for value in (run.latent, run.node, run.timeline)]
+    facts["not found"] = finished.run_of(changed, None, None)
+    kept = [type(value).__name__ for run in finished._runs for value in (run.latent, run.asked, run.timeline)]
     facts["kept"] = sorted(set(kept))
 
 
