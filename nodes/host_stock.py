@@ -12,6 +12,7 @@ import logging
 from typing import Any
 
 import comfy.model_sampling
+import comfy.samplers
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from .host_neighbours import check_other_caches
 from .host_runs import remember
 from .host_stock_run import StockRun
 from .names import OPTION
-from .stock import check_parts, first_node, sampler_kind
+from .stock import SamplerKind, check_parts, first_node, sampler_kind
 
 KEY = "arva"
 
@@ -45,14 +46,11 @@ def outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
     if acceleration is None or getattr(sampler, "drives_acceleration", False) or sigmas.numel() < 2:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     node = first_node(acceleration)
-    try:
-        kind = sampler_kind(_function(sampler), getattr(sampler, "extra_options", {}))
-    except ValueError as error:
-        raise ValueError(f"{node}: {error}") from None
+    kind = _kind(node, sampler)
     check_parts(acceleration, kind.name)
     check_other_caches(node, options)
     _check_flow(node, guider.model_patcher)
-    run = StockRun(acceleration, kind, sigmas.tolist(), noise.shape, getattr(sampler, "extra_options", {}), guider)
+    run = StockRun(acceleration, kind, sigmas.tolist(), noise.shape, sampler.extra_options, guider)
     graph, extra = running_prompt()
     run.audience = audience = Audience(run.timeline, graph, extra)
     add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, run.predict_noise, options, is_model_options=True)
@@ -70,9 +68,16 @@ def outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
         run.drop()
 
 
-def _function(sampler: Any) -> str:
-    function = getattr(sampler, "sampler_function", None)
-    return getattr(function, "__name__", type(sampler).__name__)
+def _kind(node: str, sampler: Any) -> SamplerKind:
+    if not isinstance(sampler, comfy.samplers.KSAMPLER):
+        raise ValueError(
+            f"{node}: sampler is {type(sampler).__name__}, which this pack knows nothing of; use one of KSampler's, or "
+            "AR Segment Sampler, or remove the node."
+        )
+    try:
+        return sampler_kind(sampler.sampler_function.__name__, sampler.extra_options)
+    except ValueError as error:
+        raise ValueError(f"{node}: {error}") from None
 
 
 def _check_flow(node: str, patcher: Any) -> None:

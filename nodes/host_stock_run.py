@@ -229,7 +229,10 @@ class StockRun:
             self.timeline.settings["signal"] = note
         if place and acceleration.scheduler is not None:
             acceleration = replace(acceleration, scheduler=replace(acceleration.scheduler, quality=None))
-        return Stream(acceleration, Branches(inside), self.timeline)
+        told = self.timeline.branches
+        stream = Stream(acceleration, Branches(inside), self.timeline)
+        self.timeline.branches = told
+        return stream
 
     def _check_target(self, branches: int) -> None:
         scheduler = self.acceleration.scheduler

@@ -52,7 +52,7 @@ def sampler_kind(function: str, options: Mapping[str, Any]) -> SamplerKind:
     """The kind of a sampler.
 
     Args:
-        function: name of the function that core's sampler object runs, or of its class. options: what it is run with.
+        function: name of the function that core's sampler object runs. options: what it is run with.
 
     Raises:
         ValueError: one whose steps follow from differences of model outputs, which held outputs would fake.

@@ -137,6 +137,11 @@ def unknown_sampler(model, latent: dict) -> None:
     custom(scheduled(model), latent, comfy.samplers.KSAMPLER(sample_of_another_pack), levels(model, STEPS))
     facts["unknown"] = [decisions(last()), last().settings["sampler"]]
 
+    class Trainer(comfy.samplers.Sampler):
+        """A sampler object of another kind, such as core's trainer."""
+
+    facts["another kind"] = refusal(custom, scheduled(model), latent, Trainer(), levels(model, STEPS))
+
 
 def levels(model, steps: int) -> torch.Tensor:
     return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)

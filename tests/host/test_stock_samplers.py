@@ -67,6 +67,7 @@ def test_a_sampler_that_nobody_knows_only_holds_x0(facts: dict[str, Any]) -> Non
     made, note = facts["unknown"]
     assert note.startswith("of_another_pack is not a sampler this pack knows")
     assert "cache" in made and "predict" not in made
+    assert facts["another kind"].startswith("Tri-Modal Scheduler: sampler is Trainer, which this pack knows nothing of")
 
 
 @pytest.mark.parametrize("name", ["tri-modal", "corrected", "history", "timestep", "latent"])
