@@ -75,7 +75,8 @@ def _kind(node: str, sampler: Any) -> SamplerKind:
             "AR Segment Sampler, or remove the node."
         )
     try:
-        return sampler_kind(sampler.sampler_function.__name__, sampler.extra_options)
+        function = sampler.sampler_function
+        return sampler_kind(getattr(function, "__name__", type(function).__name__), sampler.extra_options)
     except ValueError as error:
         raise ValueError(f"{node}: {error}") from None
 
