@@ -163,3 +163,14 @@ def test_the_fewer_steps_run_never_costs_less_than_what_it_is_compared_with(rati
     assert shorter.steps == 1 or math.isclose(shorter.ar_step, 5 * shorter.steps / 50, abs_tol=0.5)
     cheaper = fewer_steps(plan, target - 1000 * 60, 1000)
     assert cheaper.steps <= shorter.steps
+
+
+@pytest.mark.parametrize("kind", ["latent", "timestep", "modulated", "block0"])
+def test_every_feature_of_the_denoiser_has_a_row_per_latent_frame(kind):
+    x = torch.randn(1, 16, 20, 8, 8)
+    denoiser = TinyDenoiser(tiny(), embed_text("red disc"), 2.0).sized(x)
+    call = Call(Kind.DENOISE, 0, 0, (0, 20), (0.5,) * 20, (1,) * 20, (True,) * 20, total_steps=1)
+    feature = denoiser.feature(kind, call, x)
+    assert feature.shape[:2] == (1, 20)
+    if kind == "latent":
+        assert torch.equal(feature[:, 3], x[:, :, 3])
