@@ -1,6 +1,6 @@
 """Accelerated models beside what else people put on a MODEL, inside ComfyUI, for test_neighbours.py.
 
-Arguments: the diffusion-forcing checkpoint, the causal checkpoint. Facts go to the last line.
+Argument: the diffusion-forcing checkpoint. Facts go to the last line.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 sys.path.append(str(Path(__file__).parent))
 from stock_runs import (  # noqa: E402
     SEED,
+    WAN,
     common_ksampler,
     counted,
     decisions,
@@ -126,10 +127,7 @@ def inputs(model, latent: dict) -> None:
     hint = Hint().set_cond_hint(torch.zeros(1, 8, 8, 3), 1.0, (0.0, 0.4))
     shown = [[positive[0][0], {"control": hint, "control_apply_to_uncond": False}]]
     tried("ControlNet", model, latent, 9.0, positive=shown)
-    config = {
-        "image_model": "wan2.1", "model_type": "vace", "dim": 128, "ffn_dim": 256, "num_heads": 1, "num_layers": 4,
-        "text_dim": 64, "in_dim": 16, "out_dim": 16, "vace_layers": 2, "vace_in_dim": 96,
-    }  # fmt: skip
+    config = WAN | {"model_type": "vace", "num_layers": 4, "vace_layers": 2, "vace_in_dim": 96}
     vace = random_model(comfy.supported_models.WAN21_Vace, config)
     frames = torch.randn(1, 32, 2, 4, 4, generator=torch.Generator().manual_seed(6))
     told = {"vace_frames": [frames], "vace_mask": [torch.ones(1, 64, 2, 4, 4)], "vace_strength": [1.0]}
@@ -165,7 +163,7 @@ def windows(model) -> None:
     facts["windows in segments"] = refusal(segments, windowed("standard_static"), empty(6))
 
 
-def caches(model, causal, latent: dict) -> None:
+def caches(model, latent: dict) -> None:
     """Core's own caches on the same model, in both orders."""
     facts["caches"] = {}
     for name in ("EasyCache", "LazyCache"):
@@ -205,7 +203,7 @@ def two_samplers(model, latent: dict) -> None:
     facts["halves"] = halves(fast)
 
 
-def main(frames_file: str, causal_file: str) -> None:
+def main(frames_file: str) -> None:
     logging.getLogger().setLevel(logging.ERROR)
     comfy.utils.PROGRESS_BAR_ENABLED = False
     model, latent = comfy.sd.load_diffusion_model(frames_file), empty(2)
@@ -214,7 +212,7 @@ def main(frames_file: str, causal_file: str) -> None:
     inputs(model, latent)
     guidance(model, latent)
     windows(model)
-    caches(model, comfy.sd.load_diffusion_model(causal_file), latent)
+    caches(model, latent)
     two_samplers(model, latent)
     facts["nothing outlives it"] = [state_left(), torch.equal(ksampler(model, latent, steps=STEPS), plain)]
     print(json.dumps(facts))

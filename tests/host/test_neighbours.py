@@ -26,8 +26,7 @@ SKIPPING = (
 
 @pytest.fixture(scope="module")
 def facts(comfy_root: Path, checkpoints: dict[str, Path]) -> dict[str, Any]:
-    files = [str(checkpoints["frames"]), str(checkpoints["causal"])]
-    return run_in_process(SCRIPT, *files, root=comfy_root, core_nodes=CORE_NODES)
+    return run_in_process(SCRIPT, str(checkpoints["frames"]), root=comfy_root, core_nodes=CORE_NODES)
 
 
 @pytest.mark.parametrize("name", [*SKIPPING, "moving windows"])

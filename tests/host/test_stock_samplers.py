@@ -24,9 +24,8 @@ CLOSE = 2e-4  # latents reach 15, and core takes Euler steps from x0
 
 
 @pytest.fixture(scope="module")
-def facts(comfy_root: Path, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("latents") / "latents.safetensors"
-    files = [str(checkpoints["frames"]), str(checkpoints["causal"]), str(out)]
+def facts(comfy_root: Path, checkpoints: dict[str, Path]) -> dict[str, Any]:
+    files = [str(checkpoints["frames"]), str(checkpoints["causal"])]
     return run_in_process(SCRIPT, *files, root=comfy_root, core_nodes=CORE_NODES)
 
 
