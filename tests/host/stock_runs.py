@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 
-import comfy.latent_formats
+import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
@@ -206,6 +206,13 @@ def conditions(model, latent: dict) -> None:
     facts["one prompt"] = decisions(last())
     ksampler(fast, latent, steps=8, positive=halves)
     facts["two halves"] = [decisions(last()), last().settings.get("conditioning")]
+    hooked = comfy.hooks.create_hook_lora({}, 1.0, 0.0)
+    frames = comfy.hooks.HookKeyframeGroup()
+    for strength, start in ((1.0, 0.0), (0.2, 0.5)):
+        frames.add(comfy.hooks.HookKeyframe(strength, start_percent=start))
+    hooked.set_keyframes_on_hooks(frames)
+    ksampler(fast, latent, steps=8, positive=[[positive[0][0], {"hooks": hooked}]])
+    facts["hook keyframes"] = decisions(last())
     half_cfg = node("CFGOverride", fast, 1.0, 0.5, 1.0)[0]
     ksampler(half_cfg, latent, steps=8)
     facts["half cfg"] = decisions(last())

@@ -94,6 +94,7 @@ def test_conditionings_that_change_while_sampling_are_not_answered_from_before(f
     made, note = facts["two halves"]
     assert made.count("recompute") == 3 and "it changed at noise level" in note
     assert facts["half cfg"].count("recompute") == 3
+    assert facts["hook keyframes"].count("recompute") == 3
 
 
 def test_conditionings_of_a_part_of_the_picture_are_held_as_they_are_combined(facts: dict[str, Any]) -> None:
