@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .wan_keys import WanWeights
@@ -133,6 +133,29 @@ def transformer_config(metadata: Mapping[str, str]) -> dict[str, Any]:
     return told
 
 
+def host_metadata(family: str, weights: WanWeights, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata that ComfyUI needs beside the weights: whether attention is causal, and sizes it would take for
+    granted (it derives the others from shapes).
+
+    Raises:
+        ValueError: the number of heads is not known; a clause.
+    """
+    told = transformer_config(metadata)
+    told.pop("causal_ar", None)
+    if FAMILIES[family].causal:
+        told["causal_ar"] = True
+    if "num_heads" not in told and weights.dim % HEAD_DIM:
+        raise ValueError(
+            f"it has {weights.dim} channels, no multiple of {HEAD_DIM}, and its metadata entry config does not give "
+            "num_heads; save it with that"
+        )
+    for name, layer, usual in (("text_dim", "text_embedding.0", 4096), ("freq_dim", "time_embedding.0", 256)):
+        weight = weights.tensors[f"{layer}.weight"]
+        if weight.dtype.is_floating_point and weight.ndim == 2 and weight.shape[1] != usual:
+            told.setdefault(name, weight.shape[1])
+    return dict(metadata) | {"config": json.dumps({"transformer": told})}
+
+
 def find_family(choice: str, weights: WanWeights, metadata: Mapping[str, str], file: str) -> Finding:
     """What to take a Wan checkpoint for.
 
@@ -146,8 +169,17 @@ def find_family(choice: str, weights: WanWeights, metadata: Mapping[str, str], f
     if choice not in CHOICES:
         raise ValueError(f"family is {choice!r}; use one of {', '.join(CHOICES)}")
     causal_told = bool(transformer_config(metadata).get("causal_ar"))
-    if choice != AUTO:
-        return _chosen(choice, weights, causal_told)
+    if choice == AUTO:
+        finding = _found(weights, metadata, causal_told, file)
+    else:
+        finding = _chosen(choice, weights, causal_told)
+    if weights.extras and weights.text_to_video:
+        note = f"ComfyUI does not know {', '.join(weights.extras)} and leaves that out."
+        finding = replace(finding, notes=(*finding.notes, note))
+    return finding
+
+
+def _found(weights: WanWeights, metadata: Mapping[str, str], causal_told: bool, file: str) -> Finding:
     if weights.tells_frame_rate:
         note = () if weights.text_to_video else (_other_inputs(weights),)
         return Finding(SKYREELS, "it embeds the frame rate, as the 1.3B model of SkyReels-V2 does", note)
@@ -186,8 +218,6 @@ def _chosen(choice: str, weights: WanWeights, causal_told: bool) -> Finding:
         notes.append("Its metadata says causal_ar, which family plain Wan overrules.")
     if family.dims and weights.dim not in family.dims and weights.dim in (SMALL, LARGE):
         notes.append(f"The published models of {choice} have another size ({' or '.join(map(str, family.dims))}).")
-    if weights.extras and weights.text_to_video:
-        notes.append(f"ComfyUI does not know {', '.join(weights.extras)} and leaves that out.")
     return Finding(choice, "family was chosen", tuple(notes))
 
 
