@@ -168,11 +168,8 @@ def find_family(choice: str, weights: WanWeights, metadata: Mapping[str, str], f
     """
     if choice not in CHOICES:
         raise ValueError(f"family is {choice!r}; use one of {', '.join(CHOICES)}")
-    causal_told = bool(transformer_config(metadata).get("causal_ar"))
-    if choice == AUTO:
-        finding = _found(weights, metadata, causal_told, file)
-    else:
-        finding = _chosen(choice, weights, causal_told)
+    causal = bool(transformer_config(metadata).get("causal_ar"))
+    finding = _found(weights, metadata, causal, file) if choice == AUTO else _chosen(choice, weights, causal)
     if weights.extras and weights.text_to_video:
         note = f"ComfyUI does not know {', '.join(weights.extras)} and leaves that out."
         finding = replace(finding, notes=(*finding.notes, note))
