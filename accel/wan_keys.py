@@ -73,6 +73,7 @@ _OWN = {
     "blocks", "head", "fps_embedding", "fps_projection", "time_embedding", "time_projection", "text_embedding",
     "patch_embedding", "scaled_fp8",
 }  # fmt: skip
+_FIRST_QUERIES = ("blocks.0.self_attn.q.weight", "blocks.0.attn1.to_q.weight")
 _LINEAR = (
     "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1", "head.head",
     "patch_embedding",
@@ -174,7 +175,7 @@ def read_wan(tensors: Mapping[str, Tensor]) -> WanWeights:
     weights = WanWeights(found, layout, prefix, _groups(outside, prefix))
     absent = missing(found)
     if absent:
-        raise ValueError(f"it is not whole: {_some(absent)} of {weights.layers} blocks and their surroundings missing")
+        raise ValueError(f"it is not whole: of {weights.layers} blocks and what surrounds them {_some(absent)} missing")
     return weights
 
 
@@ -253,6 +254,8 @@ def _place(names: Collection[str]) -> tuple[str, str]:
         for name in names
         if name == anchor or name.endswith(f".{anchor}")
     ]
+    if not places and any(name.endswith(_FIRST_QUERIES) for name in names):
+        raise ValueError(f"it is not whole: {' or '.join(ANCHORS.values())} is missing; download it again")
     if not places:
         raise ValueError(f"it holds no Wan transformer (its weights are {_some(sorted(names))})")
     places = [place for place in places if not OTHERS & set(place[1].split("."))] or places

@@ -110,7 +110,10 @@ def _read_all(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for one in paths:
-        more, told = _read(one)
+        try:
+            more, told = _read(one)
+        except ValueError as error:
+            raise ValueError(f"of its {count} files {one.name} is the trouble: {error}") from error
         if twice := tensors.keys() & more.keys():
             raise ValueError(f"{one.name} repeats {min(twice)} of another of its {count} files; download them again")
         tensors |= more
@@ -125,18 +128,20 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except OSError as error:
-        raise ValueError(f"{path.name} cannot be read ({_first_line(error)})") from error
+        raise ValueError(f"it cannot be read ({error.strerror or type(error).__name__})") from error
+    except (AttributeError, TypeError) as error:
+        raise ValueError("it holds no weights by name; choose another file") from error
     except Exception as error:
         if path.suffix.lower() in SAFETENSORS:
-            reason = f"{path.name} is no whole safetensors file ({_first_line(error)}); download it again"
-        elif isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
-            reason = f"{path.name} holds more than tensors, and code in files is never run; convert it to safetensors"
+            reason = f"it is no whole safetensors file ({_first_line(error)}); download it again"
+        elif isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
+            reason = "it holds more than tensors, and code in files is never run; convert it to safetensors"
         else:
-            reason = f"{path.name} is cut off or no PyTorch file ({_first_line(error)}); download it again"
+            reason = "it is cut off or no PyTorch file; download it again"
         raise ValueError(reason) from error
     tensors = flatten(tree)
     if not tensors:
-        raise ValueError(f"{path.name} holds no tensors; download it again, or choose another file")
+        raise ValueError("it holds no weights by name; choose another file")
     return tensors, metadata or {}
 
 

@@ -76,14 +76,16 @@ def test_every_tensor_of_a_file_is_taken_or_named() -> None:
 def test_a_file_that_lacks_a_weight_is_refused_by_its_name(key) -> None:
     file = {name: value for name, value in PLAIN.items() if name != key}
     assert missing(file) == [key]
-    with pytest.raises(ValueError, match="holds no Wan transformer|is not whole"):
+    with pytest.raises(ValueError, match="it is not whole"):
         read_wan(file)
 
 
 def test_a_block_in_the_middle_is_missed() -> None:
     first = next(key for key in PLAIN if key.startswith("blocks.0."))
     file = {key: value for key, value in PLAIN.items() if not key.startswith("blocks.0.")}
-    with pytest.raises(ValueError, match=f"is not whole: {first.replace('.', '[.]')}.* and 24 more of 2 blocks"):
+    with pytest.raises(
+        ValueError, match=f"is not whole: of 2 blocks .*{first.replace('.', '[.]')}.* and 24 more missing"
+    ):
         read_wan(file)
 
 
@@ -146,5 +148,5 @@ def test_weights_that_are_quantised_to_a_scale_are_folded_at_their_size() -> Non
 def test_a_frame_rate_that_the_model_is_not_told_is_refused() -> None:
     with pytest.raises(ValueError, match="fps is 30; use one of 16, 24"):
         fold_frame_rate(TOLD, 30)
-    with pytest.raises(ValueError, match="not whole: fps_projection.2.bias"):
+    with pytest.raises(ValueError, match="not whole: .* fps_projection.2.bias missing"):
         read_wan({key: value for key, value in TOLD.items() if key != "fps_projection.2.bias"})
