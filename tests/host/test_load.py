@@ -208,8 +208,10 @@ def test_both_frame_rates_are_folded_exactly(host, layout, fps, rate_class) -> N
     assert difference(out[f"{layout} 16"], out[f"{layout} 24"]) > 1e-2
 
 
-CASES = ("self-forcing", "self-forcing chosen", "causal-forcing", "causvid", "one network", "bare", "krea",
-         "moving average", "generator", "repacked", "causal diffusers", "causal diffusers parts", "metadata")  # fmt: skip
+CASES = (
+    "self-forcing", "self-forcing chosen", "causal-forcing", "causvid", "one network", "bare", "krea", "moving average",
+    "generator", "repacked", "causal diffusers", "causal diffusers parts", "metadata",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
