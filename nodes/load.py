@@ -15,6 +15,7 @@ RATES = [str(rate) for rate in sorted(FRAME_RATES, reverse=True)]
 class ARVALoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        files = model_files()
         return io.Schema(
             node_id="ARVALoadModel",
             display_name=NODE,
@@ -25,7 +26,7 @@ class ARVALoadModel(io.ComfyNode):
             search_aliases=["load skyreels", "self forcing", "causvid", "krea realtime", "causal forcing",
                             "diffusion model loader", "unet loader"],
             inputs=[
-                io.Combo.Input("model_name", options=model_files(),
+                io.Combo.Input("model_name", options=files, default=files[0] if files else None,
                                tooltip="A file of the diffusion_models folder; of a model in several files any one."),
                 io.Combo.Input("family", options=list(CHOICES), default=AUTO,
                                tooltip="What the model is. auto finds out where the file says so, and asks where it "
