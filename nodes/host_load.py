@@ -28,7 +28,7 @@ WEIGHT_DTYPES = {
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
 SAFETENSORS = {".safetensors", ".sft"}
-SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
+SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
 
 
 def model_files() -> list[str]:
@@ -102,8 +102,8 @@ def _read_all(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     part = SHARD.fullmatch(path.name)
     if not part:
         return _read(path)
-    stem, count, suffix = part[1], int(part[3]), part[4]
-    paths = [path.with_name(f"{stem}-{number:05}-of-{part[3]}{suffix}") for number in range(1, count + 1)]
+    digits, count = len(part[2]), int(part[3])
+    paths = [path.with_name(f"{part[1]}-{number:0{digits}}-of-{part[3]}{part[4]}") for number in range(1, count + 1)]
     absent = [one.name for one in paths if not one.is_file()]
     if absent:
         raise ValueError(f"it is one of {count} files, and {', '.join(absent)} not beside it; put all in one folder")
