@@ -16,7 +16,7 @@ from .wan_keys import WanWeights
 AUTO = "auto"
 SKYREELS, SELF_FORCING, CAUSAL_FORCING = "SkyReels-V2 DF", "Self-Forcing", "Causal-Forcing"
 CAUSVID, KREA, OTHER_CAUSAL, PLAIN = "CausVid", "Krea Realtime", "other causal Wan", "plain Wan"
-HEAD_DIM = 128
+HEAD_DIM, CHANNELS = 128, 16  # of an attention head, and of Wan 2.1's latents
 SMALL, LARGE = 1536, 5120  # channels of a token of Wan 2.1's 1.3B and 14B models
 ADAPTER = "drive it through an adapter, as 'Write an adapter' in the pack's README shows"
 
@@ -209,7 +209,7 @@ def _chosen(choice: str, weights: WanWeights, causal_told: bool) -> Finding:
         )
     if choice == SKYREELS and causal_told:
         raise ValueError(f"family is {SKYREELS}, but its metadata says causal_ar; set family to auto or a causal one")
-    if choice != PLAIN and not weights.text_to_video:
+    if (choice != PLAIN and not weights.text_to_video) or (family.causal and weights.channels != CHANNELS):
         raise ValueError(f"family is {choice}, but {_reads(weights)}; set family to {PLAIN}")
     if choice == PLAIN and causal_told:
         notes.append("Its metadata says causal_ar, which family plain Wan overrules.")

@@ -166,7 +166,7 @@ def read_wan(tensors: Mapping[str, Tensor]) -> WanWeights:
     names = {_unwrapped(key): key for key in tensors}
     if len(names) != len(tensors):
         twice = sorted(set(tensors) - set(names.values()))
-        raise ValueError(f"it holds weights twice under names that only differ in wrappers ({_some(twice)})")
+        raise ValueError(f"it holds weights twice, as {_some(twice)} shows; save each once")
     layout, prefix = _place(names)
     found = {name[len(prefix) :]: tensors[key] for name, key in names.items() if name.startswith(prefix)}
     outside = [name for name in names if not name.startswith(prefix)]
@@ -175,7 +175,9 @@ def read_wan(tensors: Mapping[str, Tensor]) -> WanWeights:
     weights = WanWeights(found, layout, prefix, _groups(outside, prefix))
     absent = missing(found)
     if absent:
-        raise ValueError(f"it is not whole: of {weights.layers} blocks and what surrounds them {_some(absent)} missing")
+        raise ValueError(
+            f"it is not whole: of {weights.layers} blocks and what surrounds them {_some(absent)} missing; download it again"
+        )
     return weights
 
 
@@ -193,7 +195,9 @@ def from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif name:
             renamed[name] = value
     if unknown:
-        raise ValueError(f"it is in diffusers' layout with weights that Wan does not have: {_some(unknown)}")
+        raise ValueError(
+            f"it is in diffusers' layout with weights that Wan does not have ({_some(unknown)}); use a file in Wan's own layout"
+        )
     return renamed
 
 
@@ -257,12 +261,16 @@ def _place(names: Collection[str]) -> tuple[str, str]:
     if not places and any(name.endswith(_FIRST_QUERIES) for name in names):
         raise ValueError(f"it is not whole: {' or '.join(ANCHORS.values())} is missing; download it again")
     if not places:
-        raise ValueError(f"it holds no Wan transformer (its weights are {_some(sorted(names))})")
+        raise ValueError(
+            f"it holds no Wan transformer (its weights are {_some(sorted(names))}); other models load with core's Load "
+            "Diffusion Model"
+        )
     places = [place for place in places if not OTHERS & set(place[1].split("."))] or places
     best = min(_rank(prefix) for _, prefix in places)
     likely = [place for place in places if _rank(place[1]) == best]
     if len(likely) > 1:
-        raise ValueError(f"it holds several transformers ({', '.join(prefix or 'bare' for _, prefix in likely)})")
+        under = ", ".join(prefix or "no name" for _, prefix in likely)
+        raise ValueError(f"it holds several transformers (under {under}); save the one to load in a file of its own")
     return likely[0]
 
 

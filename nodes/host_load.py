@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ WEIGHT_DTYPES = {
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
 SAFETENSORS = {".safetensors", ".sft"}
+MOST_PARTS = 1000
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
 
 
@@ -100,13 +100,14 @@ def _build(state: dict[str, Tensor], options: dict[str, Any], metadata: dict[str
 def _read_all(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a checkpoint in one file or several."""
     part = SHARD.fullmatch(path.name)
-    if not part:
+    if not part or not 0 < int(part[2]) <= int(part[3]) <= MOST_PARTS:
         return _read(path)
     digits, count = len(part[2]), int(part[3])
     paths = [path.with_name(f"{part[1]}-{number:0{digits}}-of-{part[3]}{part[4]}") for number in range(1, count + 1)]
     absent = [one.name for one in paths if not one.is_file()]
     if absent:
-        raise ValueError(f"it is one of {count} files, and {', '.join(absent)} not beside it; put all in one folder")
+        named = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+        raise ValueError(f"it is one of {count} files, and {named} not beside it; put all in one folder")
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for one in paths:
@@ -134,7 +135,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as error:
         if path.suffix.lower() in SAFETENSORS:
             reason = f"it is no whole safetensors file ({_first_line(error)}); download it again"
-        elif isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
+        elif "Unsupported global" in str(error):
             reason = "it holds more than tensors, and code in files is never run; convert it to safetensors"
         else:
             reason = "it is cut off or no PyTorch file; download it again"

@@ -132,6 +132,10 @@ def test_a_model_that_reads_more_than_text_is_none_of_them() -> None:
     assert "has img_emb" in refusal(SELF_FORCING, image, {}, "x")
 
 
+def test_causal_models_of_other_latents_are_refused() -> None:
+    assert "reads 4 channels; set family to plain Wan" in refusal(SELF_FORCING, read_wan(wan_weights(GOLDEN)), {}, "x")
+
+
 def test_weights_that_the_host_does_not_know_are_named() -> None:
     stray = read_wan(wan_weights(CAUSAL) | {"_cls_pred_branch.0.weight": torch.ones(1)})
     said = ("ComfyUI does not know _cls_pred_branch and leaves that out.",)

@@ -122,6 +122,9 @@ def save_broken(folder: Path) -> dict[str, tuple[str, ...]]:
     torch.save({"step": 3}, folder / "numbers.pt")
     torch.save([weights], folder / "list.pt")
     save_whole({"head.modulation": torch.ones(1, 2, 128)}, folder / "part-00001-of-00002.safetensors")
+    save_parts(weights, folder, "torn", 2)[1].write_bytes(b"torn")
+    for part in (1, 2):
+        save_whole(weights, folder / f"twice-{part}-of-2.safetensors")
     save_whole({key: weights[key] for key in sorted(weights)[5:]}, folder / "lacking.safetensors")
     bent = weights | {"blocks.0.ffn.2.weight": torch.ones(128, 7)}
     save_whole(bent, folder / "bent.safetensors")
@@ -135,7 +138,8 @@ def save_broken(folder: Path) -> dict[str, tuple[str, ...]]:
     told = {"config": "not JSON"}
     save_file({key: value.clone() for key, value in weights.items()}, folder / "metadata.safetensors", told)
     alone = ("cut.safetensors", "page.safetensors", "empty.safetensors", "cut.pt", "no.ckpt", "code.pt", "code.pkl",
-             "numbers.pt", "list.pt", "part-00001-of-00002.safetensors", "lacking.safetensors", "magi.safetensors",
+             "numbers.pt", "list.pt", "part-00001-of-00002.safetensors", "torn-00001-of-00002.safetensors",
+             "twice-1-of-2.safetensors", "lacking.safetensors", "magi.safetensors",
              "framepack.safetensors", "matrix-game.safetensors", "flux.safetensors", "metadata.safetensors",
              "krea-realtime-video-14b.safetensors", "causvid.pt", "absent.safetensors", "../bare.pth")  # fmt: skip
     given = {name: (name,) for name in alone} | {"bent.safetensors": ("bent.safetensors", "plain Wan")}
@@ -273,12 +277,14 @@ REFUSALS = {
     "numbers.pt": "holds no weights by name",
     "list.pt": "holds no weights by name",
     "part-00001-of-00002.safetensors": "one of 2 files, and part-00002-of-00002.safetensors not beside it",
+    "torn-00001-of-00002.safetensors": "of its 2 files torn-00002-of-00002.safetensors is the trouble: it is no whole",
+    "twice-1-of-2.safetensors": "twice-2-of-2.safetensors repeats blocks.0",
     "lacking.safetensors": "it is not whole: ",
     "bent.safetensors": "ComfyUI could not build it",
     "magi.safetensors": "it is MAGI-1",
     "framepack.safetensors": "it is FramePack",
     "matrix-game.safetensors": "it is Matrix-Game",
-    "flux.safetensors": "no Wan transformer (its weights are double_blocks.0.img_attn.qkv.weight)",
+    "flux.safetensors": "no Wan transformer (its weights are double_blocks.0.img_attn.qkv.weight); other models load",
     "metadata.safetensors": "metadata entry config is no JSON",
     "krea-realtime-video-14b.safetensors": "set family to SkyReels-V2 DF, Self-Forcing, Causal-Forcing, CausVid, "
     "Krea Realtime, other causal Wan or plain Wan (its name suggests Krea Realtime)",
