@@ -175,9 +175,8 @@ def read_wan(tensors: Mapping[str, Tensor]) -> WanWeights:
     weights = WanWeights(found, layout, prefix, _groups(outside, prefix))
     absent = missing(found)
     if absent:
-        raise ValueError(
-            f"it is not whole: of {weights.layers} blocks and what surrounds them {_some(absent)} missing; download it again"
-        )
+        place = f"of {weights.layers} blocks and what surrounds them"
+        raise ValueError(f"it is not whole: {place} {_some(absent)} missing; download it again")
     return weights
 
 
@@ -196,7 +195,8 @@ def from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             renamed[name] = value
     if unknown:
         raise ValueError(
-            f"it is in diffusers' layout with weights that Wan does not have ({_some(unknown)}); use a file in Wan's own layout"
+            f"it is in diffusers' layout with weights that Wan does not have ({_some(unknown)}); use a file in Wan's "
+            "own layout"
         )
     return renamed
 

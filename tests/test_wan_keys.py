@@ -109,6 +109,23 @@ def test_diffusers_weights_without_a_counterpart_are_refused() -> None:
     assert same(from_diffusers(unused), PLAIN)
 
 
+IMAGE = {
+    "condition_embedder.image_embedder.norm1.weight": "img_emb.proj.0.weight",
+    "condition_embedder.image_embedder.ff.net.0.proj.bias": "img_emb.proj.1.bias",
+    "condition_embedder.image_embedder.ff.net.2.weight": "img_emb.proj.3.weight",
+    "condition_embedder.image_embedder.norm2.bias": "img_emb.proj.4.bias",
+    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+    "blocks.3.attn2.add_k_proj.bias": "blocks.3.cross_attn.k_img.bias",
+    "blocks.3.attn2.add_v_proj.weight": "blocks.3.cross_attn.v_img.weight",
+    "blocks.3.attn2.norm_added_k.weight": "blocks.3.cross_attn.norm_k_img.weight",
+}
+
+
+@pytest.mark.parametrize(("theirs", "ours"), IMAGE.items())
+def test_image_to_video_has_wans_names_too(theirs, ours) -> None:
+    assert list(from_diffusers({theirs: torch.ones(1)})) == [ours]
+
+
 def test_what_is_no_tensor_is_no_weight() -> None:
     assert flatten({"a": {"b": torch.ones(1), "step": 3}, "note": "x"}).keys() == {"a.b"}
     assert flatten([torch.ones(1)]) == {} and flatten(torch.ones(1)).keys() == {""}
