@@ -126,7 +126,7 @@ def transformer_config(metadata: Mapping[str, str]) -> dict[str, Any]:
     """
     try:
         told = json.loads(metadata.get("config", "{}")).get("transformer", {})
-    except (json.JSONDecodeError, AttributeError, TypeError):
+    except (json.JSONDecodeError, AttributeError, TypeError, RecursionError):
         told = None
     if not isinstance(told, dict):
         raise ValueError(f"its metadata entry config is no JSON with a transformer: {metadata['config'][:60]!r}")

@@ -32,7 +32,7 @@ VARIANTS = (
     "img_emb", "ref_conv", "vace_", "control_adapter", "casual_audio_encoder", "audio_", "face_adapter",
     "patch_embedding_", "cond_encoder", "trainable_cond_mask",
 )  # fmt: skip
-TOLD = 3
+TOLD, LONGEST = 3, 80  # names in a sentence, characters of a name
 
 _TOP = {
     "patch_embedding": "patch_embedding",
@@ -50,7 +50,7 @@ _TOP = {
     "fps_projection.net.2": "fps_projection.2",
     "proj_out": "head.head",
 }
-_BLOCK = {
+_BLOCK_NAMES = {
     **{f"attn1.to_{name}": f"self_attn.{name}" for name in "qkv"},
     **{f"attn2.to_{name}": f"cross_attn.{name}" for name in "qkv"},
     "attn1.to_out.0": "self_attn.o",
@@ -68,11 +68,13 @@ _PARAMETERS = {
     "scale_shift_table": "head.modulation",
     "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
 }
+_BLOCK = re.compile(r"blocks\.(\d{1,6})\.")
 _BLOCK_KEY = re.compile(r"(blocks\.\d+\.)(.+)")
 _OWN = {
     "blocks", "head", "fps_embedding", "fps_projection", "time_embedding", "time_projection", "text_embedding",
     "patch_embedding", "scaled_fp8",
 }  # fmt: skip
+_OWN_BLOCK = {"self_attn", "cross_attn", "ffn", "norm3", "modulation"}
 _FIRST_QUERIES = ("blocks.0.self_attn.q.weight", "blocks.0.attn1.to_q.weight")
 _LINEAR = (
     "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1", "head.head",
@@ -104,7 +106,7 @@ class WanWeights:
     @property
     def layers(self) -> int:
         """Transformer blocks."""
-        return 1 + max((int(key.split(".")[1]) for key in self.tensors if key.startswith("blocks.")), default=-1)
+        return len(_blocks(self.tensors))
 
     @property
     def channels(self) -> int:
@@ -122,10 +124,14 @@ class WanWeights:
 
     @property
     def extras(self) -> dict[str, int]:
-        """How many tensors lie under each first name that a text-to-video transformer does not have."""
+        """How many tensors lie under each name that a text-to-video transformer does not have."""
         counts: dict[str, int] = {}
-        for name in (key.split(".")[0] for key in self.tensors):
-            if name not in _OWN:
+        for key in self.tensors:
+            name, *inside = key.split(".")
+            strange = name not in _OWN
+            if name == "blocks" and (not _BLOCK.match(key) or inside[1] not in _OWN_BLOCK):
+                strange, name = True, f"blocks.{inside[min(1, len(inside) - 1)] if inside else ''}"
+            if strange:
                 counts[name] = counts.get(name, 0) + 1
         return counts
 
@@ -175,8 +181,10 @@ def read_wan(tensors: Mapping[str, Tensor]) -> WanWeights:
     weights = WanWeights(found, layout, prefix, _groups(outside, prefix))
     absent = missing(found)
     if absent:
-        place = f"of {weights.layers} blocks and what surrounds them"
-        raise ValueError(f"it is not whole: {place} {_some(absent)} missing; download it again")
+        raise ValueError(f"it is not whole, for it lacks {_some(absent)}; download it again")
+    bent = [f"{name} {list(found[name].shape)}" for name, shape in _shapes(found) if found[name].shape != shape]
+    if bent:
+        raise ValueError(f"it has weights of impossible shapes ({_some(bent)}); download it again")
     return weights
 
 
@@ -203,9 +211,9 @@ def from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def missing(tensors: Collection[str]) -> list[str]:
     """Names that a Wan transformer needs and ``tensors`` does not have."""
-    blocks = {int(key.split(".")[1]) for key in tensors if re.match(r"blocks\.\d+\.", key)}
+    blocks = _blocks(tensors)
     wanted = ["head.modulation", *(f"{name}.{part}" for name in _LINEAR for part in ("weight", "bias"))]
-    for block in range(max(blocks, default=0) + 1):
+    for block in sorted(blocks | set(range(max(len(blocks), 1)))):
         wanted.append(f"blocks.{block}.modulation")
         wanted += [f"blocks.{block}.{name}.{part}" for name in _BLOCK_LINEAR for part in ("weight", "bias")]
         wanted += [f"blocks.{block}.{name}.weight" for name in _BLOCK_WEIGHTS]
@@ -246,6 +254,27 @@ def _exact(tensors: Mapping[str, Tensor], key: str) -> Tensor:
     return value if scale is None or part != "weight" else value * scale.double()
 
 
+def _blocks(names: Collection[str]) -> set[int]:
+    """Numbers of the transformer blocks."""
+    return {int(found[1]) for found in map(_BLOCK.match, names) if found}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Shapes that must be right for the others to be read from them; those of quantised weights are not known."""
+    modulation, patches = tensors["head.modulation"].shape, tensors["patch_embedding.weight"].shape
+    dim = modulation[-1] if modulation else 0
+    yield "head.modulation", (1, 2, dim)
+    yield "patch_embedding.weight", (dim, *(patches[1:2] or (0,)), 1, 2, 2)
+    yield "head.head.bias", (*tensors["head.head.weight"].shape[:1],)
+    yield "time_projection.1.bias", (6 * dim,)
+    if "fps_embedding.weight" in tensors:
+        yield "fps_embedding.weight", (2, dim)
+        yield "fps_projection.0.weight", (dim, dim)
+        yield "fps_projection.0.bias", (dim,)
+        yield "fps_projection.2.weight", (6 * dim, dim)
+        yield "fps_projection.2.bias", (6 * dim,)
+
+
 def _unwrapped(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
@@ -259,7 +288,7 @@ def _place(names: Collection[str]) -> tuple[str, str]:
         if name == anchor or name.endswith(f".{anchor}")
     ]
     if not places and any(name.endswith(_FIRST_QUERIES) for name in names):
-        raise ValueError(f"it is not whole: {' or '.join(ANCHORS.values())} is missing; download it again")
+        raise ValueError(f"it is not whole, for it lacks {' or '.join(ANCHORS.values())}; download it again")
     if not places:
         raise ValueError(
             f"it holds no Wan transformer (its weights are {_some(sorted(names))}); other models load with core's Load "
@@ -300,11 +329,11 @@ def _original_name(key: str) -> str | None:
     if block and rest == "scale_shift_table":
         return f"{place}modulation"
     module, _, part = rest.rpartition(".")
-    known = (_BLOCK if block else _TOP).get(module)
+    known = (_BLOCK_NAMES if block else _TOP).get(module)
     return None if known is None else f"{place}{known}.{part}"
 
 
 def _some(names: Collection[str]) -> str:
-    shown = list(names)[:TOLD]
+    shown = [" ".join(name.split())[:LONGEST] for name in list(names)[:TOLD]]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")

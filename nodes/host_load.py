@@ -88,9 +88,9 @@ def _load(path: str, family: str, fps: int, weight_dtype: str, disable_dynamic: 
 def _build(state: dict[str, Tensor], options: dict[str, Any], metadata: dict[str, str], disable_dynamic: bool) -> Any:
     try:
         model = comfy.sd.load_diffusion_model_state_dict(state, dict(options), metadata, disable_dynamic)
-    except torch.OutOfMemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
-    except RuntimeError as error:
+    except Exception as error:  # shapes and settings that core takes on trust
         raise ValueError(f"ComfyUI could not build it ({_first_line(error)}); download it again") from error
     if model is None:
         raise ValueError("ComfyUI knows no model with this layout; use a file that core's Load Diffusion Model takes")
@@ -126,6 +126,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Through core's reader, which runs no code from the file."""
     try:
         tree, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+        tensors = flatten(tree)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except OSError as error:
@@ -140,7 +141,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         else:
             reason = "it is cut off or no PyTorch file; download it again"
         raise ValueError(reason) from error
-    tensors = flatten(tree)
     if not tensors:
         raise ValueError("it holds no weights by name; choose another file")
     return tensors, metadata or {}

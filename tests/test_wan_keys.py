@@ -81,12 +81,38 @@ def test_a_file_that_lacks_a_weight_is_refused_by_its_name(key) -> None:
 
 
 def test_a_block_in_the_middle_is_missed() -> None:
-    first = next(key for key in PLAIN if key.startswith("blocks.0."))
     file = {key: value for key, value in PLAIN.items() if not key.startswith("blocks.0.")}
-    with pytest.raises(
-        ValueError, match=f"is not whole: of 2 blocks .*{first.replace('.', '[.]')}.* and 24 more missing; download"
-    ):
+    with pytest.raises(ValueError, match="it lacks blocks.0.modulation, .* and 24 more; download it again"):
         read_wan(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("blocks.1000000.a.weight", "blocks.a"), ("blocks.x.weight", "blocks.weight"), ("blocks", "blocks."),
+     ("blocks.0.lora.weight", "blocks.lora"), ("extra.weight", "extra")],
+)  # fmt: skip
+def test_a_strange_name_does_no_harm_and_is_told(name, told) -> None:
+    found = read_wan(PLAIN | {name: torch.ones(1)})
+    assert found.layers == 2 and found.extras == {told: 1} and read_wan(PLAIN).extras == {}
+
+
+SHAPED = (
+    "head.modulation", "patch_embedding.weight", "head.head.weight", "time_projection.1.bias", "fps_embedding.weight",
+    "fps_projection.0.weight", "fps_projection.2.bias",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPED)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (1, 2, 3, 4, 5)])
+def test_a_weight_of_an_impossible_shape_is_refused(name, shape) -> None:
+    with pytest.raises(ValueError, match="impossible shapes .*; download it again"):
+        read_wan(TOLD | {name: torch.ones(shape)})
+
+
+def test_long_names_are_cut_in_a_sentence() -> None:
+    with pytest.raises(ValueError) as raised:
+        read_wan({"a" * 500 + "\n b": torch.ones(1)})
+    assert len(str(raised.value)) < 250 and "\n" not in str(raised.value)
 
 
 def test_several_transformers_that_are_equally_likely_are_refused() -> None:
@@ -165,5 +191,5 @@ def test_weights_that_are_quantised_to_a_scale_are_folded_at_their_size() -> Non
 def test_a_frame_rate_that_the_model_is_not_told_is_refused() -> None:
     with pytest.raises(ValueError, match="fps is 30; use one of 16, 24"):
         fold_frame_rate(TOLD, 30)
-    with pytest.raises(ValueError, match="not whole: .* fps_projection.2.bias missing"):
+    with pytest.raises(ValueError, match="lacks fps_projection.2.bias;"):
         read_wan({key: value for key, value in TOLD.items() if key != "fps_projection.2.bias"})

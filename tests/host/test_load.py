@@ -279,7 +279,7 @@ REFUSALS = {
     "part-00001-of-00002.safetensors": "one of 2 files, and part-00002-of-00002.safetensors not beside it",
     "torn-00001-of-00002.safetensors": "of its 2 files torn-00002-of-00002.safetensors is the trouble: it is no whole",
     "twice-1-of-2.safetensors": "twice-2-of-2.safetensors repeats blocks.0",
-    "lacking.safetensors": "it is not whole: ",
+    "lacking.safetensors": "it is not whole, for it lacks ",
     "bent.safetensors": "ComfyUI could not build it",
     "magi.safetensors": "it is MAGI-1",
     "framepack.safetensors": "it is FramePack",
