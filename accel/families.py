@@ -62,7 +62,9 @@ FAMILIES = {
         True, (LARGE,), 5.0, ("krea-realtime", "krea_realtime"), "mode causal blocks, block 3, 4 steps, cfg 1, shift 5"
     ),
     OTHER_CAUSAL: Family(True, sampler="mode causal blocks, block, steps and shift as the model was trained, cfg 1"),
-    PLAIN: Family(False, sampler="core's samplers; the AR Segment Sampler needs a model trained for it"),
+    PLAIN: Family(
+        False, sampler="for models trained with diffusion forcing or clip after clip; others go with core's samplers"
+    ),
 }  # fmt: skip
 CHOICES = (AUTO, *FAMILIES)
 

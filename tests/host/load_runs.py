@@ -6,14 +6,18 @@ Arguments: a JSON file with what to do, the file for tensors.
 
 from __future__ import annotations
 
+import importlib
 import json
+import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import comfy.samplers
 import comfy.sd
 import folder_paths
 import torch
+from run_in_comfy import pack_module
 from safetensors.torch import load_file, save_file
 
 sys.path.append(str(Path(__file__).parent))
@@ -57,6 +61,32 @@ def with_lora(model, file: str):
     return comfy.sd.load_lora_for_models(model, None, load_file(file), 0.7, 0.0)[0]
 
 
+def damaged(file: str, count: int) -> dict[str, int]:
+    """What becomes of a file with flipped bits, mostly near its start, or cut off somewhere."""
+    source = Path(folder_paths.get_full_path("diffusion_models", file))
+    whole, chance, outcomes = source.read_bytes(), random.Random(5), Counter()
+    target = source.with_name(f"damaged{source.suffix}")
+    for number in range(count):
+        data = bytearray(whole)
+        if number % 3 == 0:
+            data = data[: chance.randrange(len(data))]
+        for _ in range(1 + number % 4) if data else ():
+            data[chance.randrange(len(data) if number % 2 else min(len(data), 8000))] ^= 1 << chance.randrange(8)
+        target.write_bytes(data)
+        folder_paths.filename_list_cache.clear()
+        try:
+            load(target.name, "Self-Forcing")
+            outcomes["loaded"] += 1
+        except ValueError as error:
+            told = str(error)
+            fine = told.startswith("Load AR Video Model: damaged") and told.endswith(".") and "\n" not in told
+            outcomes["refused" if fine else told] += 1
+        except Exception as error:
+            outcomes[f"{type(error).__name__}: {error}"] += 1
+    target.unlink()
+    return dict(outcomes)
+
+
 def main(plan: dict) -> None:
     x, levels, text = (load_file(plan["inputs"])[name] for name in ("x", "levels", "text"))
     for name, file, fps in plan["frames"]:
@@ -86,6 +116,10 @@ def main(plan: dict) -> None:
         facts[f"again {dynamic}"] = all(torch.equal(one[key], other[key]) for key in other)
     reloaded = load(plan["warped"], "CausVid")[0]
     facts["shift again"] = reloaded.cached_patcher_init[0](*reloaded.cached_patcher_init[1]).model.model_sampling.shift
+    tiny, facts["tiny report"] = load("tiny-df.safetensors")
+    files = importlib.import_module(".nodes.host_files", pack_module().__name__)
+    facts["tiny"] = (files.embedded_model(tiny) or [None])[0]
+    facts["damaged"] = {file: damaged(file, 60) for file in (plan["reference"], plan["bare"])}
     facts["refusals"] = {name: refusal(load, *given) for name, given in plan["refusals"].items()}
 
 

@@ -179,7 +179,7 @@ def host(comfy_root: Path, base: Path) -> tuple[dict[str, Any], dict[str, Tensor
         "inputs": str(base / "inputs.safetensors"), "lora": str(base / "lora.safetensors"), "settings": SETTINGS,
         "frames": [(name, file, fps) for name, file in frames.items() for fps in ("16", "24")],
         "causal": [(name, *given) for name, given in causal.items()], "reference": "causal.safetensors",
-        "raw": "self_forcing_dmd.pt", "warped": "causvid.pt", "refusals": save_broken(folder),
+        "raw": "self_forcing_dmd.pt", "bare": "bare.pth", "warped": "causvid.pt", "refusals": save_broken(folder),
         "sampled": {"original": "sky.safetensors", "diffusers": "sky-diffusers.safetensors"},
     }  # fmt: skip
     (base / "plan.json").write_text(json.dumps(plan))
@@ -303,6 +303,18 @@ def test_what_cannot_be_loaded_is_refused_in_a_sentence(host, base, name) -> Non
     sentence = facts["refusals"][name]
     assert sentence.startswith(NODE) and REFUSALS[name] in sentence and sentence.endswith(".")
     assert "\n" not in sentence and str(base) not in sentence
+
+
+def test_the_embedded_models_are_known_behind_it(host) -> None:
+    facts, _ = host
+    assert facts["tiny"] == "tiny-df" and "one of the embedded tiny models" in facts["tiny report"]
+
+
+@pytest.mark.parametrize("file", ["causal.safetensors", "bare.pth"])
+def test_a_damaged_file_is_loaded_or_refused_in_a_sentence(host, file) -> None:
+    facts, _ = host
+    outcomes = facts["damaged"][file]
+    assert outcomes.keys() == {"loaded", "refused"} and outcomes["refused"] >= 20
 
 
 def test_no_refusal_goes_untested_and_no_code_ran(host, base) -> None:
