@@ -26,11 +26,13 @@ POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 class Case:
     """One kernel with one kind of arguments.
 
-        Attributes:
-            kernel: ``module:function`` below ``accel.kernels``. types: of each argument that is not a constant, in Triton's
-                words. constants: values of the others, strides that are 1 among them. loose: arguments, pointers among
-                them, that are not known to be multiples of 16; integers that are not listed here are. warps, stages: of a
-    XX"""
+    Attributes:
+        kernel: ``module:function`` below ``accel.kernels``. types: of each argument that is not a constant, in
+            Triton's words. constants: values of the others, strides that are 1 among them. loose: arguments not known
+            to be multiples of 16; pointers and integers that are not listed here are. warps, stages: of a launch.
+            wide_loads: least 128-bit loads from global memory. uses: a word the machine code must have, as ``HGMMA``,
+            by architecture. long: compiled in the long tests alone.
+    """
 
     kernel: str
     types: Mapping[str, str]
