@@ -11,7 +11,7 @@ from accel.kv.budget import IMPORTANCE, MERGE, WINDOW, KVBudgetConfig, StoreShap
 from accel.kv.memory import make_memory
 from accel.kv.rotary import TimeRotary
 
-LAYERS, BLOCK, BLOCKS, FORWARDS = 3, 3, 12, 2
+LAYERS, BLOCK, BLOCKS, FORWARDS = 2, 3, 6, 2
 SHAPE = StoreShape(LAYERS, 2, 12, (2, 3), 1, 4, TimeRotary.of_wan(12))
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique"}
 
@@ -62,8 +62,8 @@ def reads(monkeypatch):
 
 
 def memory(keep, branches=2):
-    recent = 0 if keep == WINDOW else 3
-    return make_memory(KVBudgetConfig(frames=18, keep=keep, recent=recent), SHAPE, branches, BLOCK, 100)
+    frames, recent = (9, 0) if keep == WINDOW else (18, 3)
+    return make_memory(KVBudgetConfig(frames=frames, keep=keep, recent=recent), SHAPE, branches, BLOCK, 100)
 
 
 def rolled(kept, device, start=0, blocks=BLOCKS, change=0.15):
@@ -92,7 +92,7 @@ def test_no_layer_reads_from_the_device_or_copies_to_it(keep, device, reads):
     kept = memory(keep)
     assert rolled(kept, device) == [[]] * BLOCKS, "any read from meta would have raised as well"
     pushing = sum(bool(kept.layout.pushed_out(BLOCK * block, BLOCK)) for block in range(BLOCKS))
-    assert pushing > 5 and reads == ([2 * LAYERS] * pushing if keep == MERGE else [])
+    assert pushing >= 3 and reads == ([2 * LAYERS] * pushing if keep == MERGE else [])
 
 
 def test_the_read_is_of_what_came_out():
@@ -108,14 +108,14 @@ def test_the_read_is_of_what_came_out():
 
 def test_a_resumed_run_reads_once_a_branch_in_its_first_block_and_once_a_block_from_then_on(reads):
     first, again = memory(MERGE), memory(MERGE)
-    rolled(first, "cpu", blocks=6)
+    rolled(first, "cpu", blocks=3)
     again.load({name: tensor.clone() for name, tensor in first.state().items()})
     reads.clear()
-    assert rolled(again, "cpu", start=6) == [[]] * (BLOCKS - 6)
-    assert reads == [LAYERS] * 2 + [2 * LAYERS] * (BLOCKS - 7)
+    assert rolled(again, "cpu", start=3) == [[]] * (BLOCKS - 3)
+    assert reads == [LAYERS] * 2 + [2 * LAYERS] * (BLOCKS - 4)
     whole = memory(MERGE)
     rolled(whole, "cpu")
     ended, wanted = again.state(), whole.state()
     assert ended.keys() == wanted.keys()
     for ring, other in zip(again.stores[1]._rings, whole.stores[1]._rings, strict=True):
-        assert all(torch.equal(*sides) for sides in zip(ring.read(36)[:2], other.read(36)[:2], strict=True))
+        assert all(torch.equal(*sides) for sides in zip(ring.read(18)[:2], other.read(18)[:2], strict=True))
