@@ -17,7 +17,7 @@ READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal
 
 
 class Reads(TorchDispatchMode):
-    """Operations whose result the host waits for, and copies from one device to another."""
+    """Operations whose result the host waits for, and copies from one device to another that it waits for."""
 
     def __init__(self):
         super().__init__()
@@ -31,7 +31,7 @@ class Reads(TorchDispatchMode):
         masked = any(one is not None and one.dtype == torch.bool for one in indices)
         if name.strip("_") in {read.strip("_") for read in READS} or masked:
             self.found.append(name)
-        if len({one.device for one in tensors}) > 1:
+        if len({one.device for one in tensors}) > 1 and not (kwargs or {}).get("non_blocking"):
             self.found.append(f"{name} between devices")
         return out
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
+TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 120: "HMMA"}
 POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 
 
@@ -56,7 +57,27 @@ def _relative_l1(dtype: str, long: bool = False) -> Case:
     return Case("relative_l1_triton:partial_sums", types, constants, loose, warps=8, wide_loads=2, long=long)
 
 
+def _column_mass(function: str, dtype: str, group: int = 1, dim: int = 128, long: bool = False) -> Case:
+    strides = ("q_batch", "q_head", "q_token", "k_batch", "k_head", "k_token")
+    types = {"q": POINTERS[dtype], "k": POINTERS[dtype], "totals": "*fp32", "mass": "*fp32"} | dict.fromkeys(
+        (*strides, "queries", "keys", "heads"), "i32"
+    )
+    types = {name: type for name, type in types.items() if name != "mass" or function == "column_sums"}
+    block = max(16, 1 << (dim - 1).bit_length())
+    constants = {
+        "GROUP": group, "DIM": dim, "DIM_BLOCK": block, "ROWS": 64, "KEYS": 64, "UPCAST": False, "PRECISION": "tf32x3",
+    }  # fmt: skip
+    loose = ("queries", "keys", "heads")
+    return Case(f"column_mass_triton:{function}", types | {"scale": "fp32"}, constants, loose, uses=TENSOR_CORES, long=long)
+
+
 CASES = {
+    "row totals bf16": _column_mass("row_totals", "bf16"),
+    "column sums bf16": _column_mass("column_sums", "bf16"),
+    "column sums bf16, groups of 4": _column_mass("column_sums", "bf16", 4),
+    "row totals fp16, groups of 4": _column_mass("row_totals", "fp16", 4),
+    "row totals fp32": _column_mass("row_totals", "fp32"),
+    "column sums fp32": _column_mass("column_sums", "fp32"),
     "relative L1 bf16": _relative_l1("bf16"),
     "relative L1 fp32": _relative_l1("fp32", long=True),
     "relative L1 fp16": _relative_l1("fp16", long=True),
@@ -125,7 +146,7 @@ def compile_case(name: str, architecture: int) -> Built:
         architecture,
         *(int(resources[key]) for key in ("REG", "STACK", "LOCAL")),
         made.metadata.shared,
-        *(len(re.findall(word, code)) for word in (r"\b(?:LDL|STL)\b", r"\bLDG\.E\S*\.128", r"\bSTG\.E\S*\.128")),
+        *(len(re.findall(word, code)) for word in (r"\b(?:LDL|STL)\b", r"\bLDG(?:STS)?\.E\S*\.128", r"\bSTG\.E\S*\.128")),
         case.uses.get(architecture, "") in code,
     )
 

@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,15 @@ def available(device: torch.device) -> Verdict:
     if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         return False, "needs compute capability 8.0 or more"
     return triton_installed()
+
+
+class Traffic(NamedTuple):
+    """What an operation's kernels do to memory: launches, and bytes at distinct addresses that each of them reads and
+    writes, summed."""
+
+    launches: int
+    read: int
+    written: int
 
 
 class Kernel:

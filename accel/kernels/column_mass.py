@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .choose import Verdict, jitted
-from .relative_l1 import Traffic
+from .choose import Traffic, Verdict, jitted
 
 ROWS, KEYS = 64, 64
 MOST_CHANNELS = 256
@@ -82,5 +81,5 @@ def constants(dtype: torch.dtype, group: int, dim: int, cuda: bool = True) -> di
     """Compile-time arguments. Triton's interpreter cannot multiply bfloat16, so there the operands are widened."""
     return {
         "GROUP": group, "DIM": dim, "DIM_BLOCK": max(16, 1 << (dim - 1).bit_length()), "ROWS": ROWS, "KEYS": KEYS,
-        "UPCAST": dtype == torch.bfloat16 and not cuda, "PRECISION": "ieee",
+        "UPCAST": dtype == torch.bfloat16 and not cuda, "PRECISION": "tf32x3",
     }  # fmt: skip

@@ -21,15 +21,12 @@ def group_logits(
     if DIM != DIM_BLOCK:
         inside = inside & (channels[None, :] < DIM)
     source = q + rows[:, None] * q_token + channels[None, :]
-    for head in tl.static_range(GROUP):
+    logits = tl.full((ROWS, k.shape[1]), float("-inf"), tl.float32)
+    for head in range(GROUP):
         part = tl.load(source + head * q_head, mask=inside, other=0.0)
         if UPCAST:
             part = part.to(tl.float32)
-        products = tl.dot(part, k, input_precision=PRECISION)
-        if head == 0:
-            logits = products
-        else:
-            logits = tl.maximum(logits, products)
+        logits = tl.maximum(logits, tl.dot(part, k, input_precision=PRECISION), propagate_nan=tl.PropagateNan.ALL)
     return logits * scale
 
 

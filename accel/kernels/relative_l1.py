@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .choose import Kernel, Verdict, jitted
+from .choose import Kernel, Traffic, Verdict, jitted
 
 CHUNK, BLOCK, WARPS = 16384, 2048, 8
 POOL_BLOCK = 1024
@@ -33,14 +33,6 @@ class Look(NamedTuple):
     now: Tensor
     rows: Tensor
     spans: tuple[tuple[int, int], ...]
-
-
-class Traffic(NamedTuple):
-    """What a kernel does to memory: launches, and bytes at distinct addresses read and written by each, summed."""
-
-    launches: int
-    read: int
-    written: int
 
 
 def torch_form(looks: Sequence[Look], table: Sequence[Sequence[float]]) -> Tensor:
