@@ -15,9 +15,7 @@ from torch import Tensor
 
 from .choose import Traffic, Verdict, jitted
 
-ROWS, KEYS = 64, 64
-MOST_CHANNELS = 256
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_CHANNELS = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # of a head, by what registers hold
 LOG2_E = 1.0 / math.log(2.0)
 
 
@@ -26,10 +24,11 @@ def mass_form(q: Tensor, k: Tensor, tile: int = 0) -> Tensor:
     from . import column_mass_triton as device
 
     totals, mass = _rows(q, k), torch.empty(k.shape[:-1], dtype=torch.float32, device=k.device)
-    given, constants = _arguments(q, k)
+    given, options = _arguments(q, k)
+    rows, columns = (-(-x.shape[-2] // options[name]) for x, name in ((q, "ROWS"), (k, "KEYS")))
     places = math.prod(k.shape[:-2])
-    jitted(device.row_totals, q.device)[(-(-q.shape[-2] // ROWS), places)](q, k, totals, *given, **constants)
-    jitted(device.column_sums, q.device)[(-(-k.shape[-2] // KEYS), places)](q, k, totals, mass, *given, **constants)
+    jitted(device.row_totals, q.device)[(rows, places)](q, k, totals, *given, **options)
+    jitted(device.column_sums, q.device)[(columns, places)](q, k, totals, mass, *given, **options)
     return mass
 
 
@@ -37,20 +36,20 @@ def logsumexp_form(q: Tensor, k: Tensor, tile: int = 0) -> Tensor:
     """The first pass alone."""
     from . import column_mass_triton as device
 
-    totals, (given, constants) = _rows(q, k), _arguments(q, k)
-    grid = (-(-q.shape[-2] // ROWS), math.prod(k.shape[:-2]))
-    jitted(device.row_totals, q.device)[grid](q, k, totals, *given, **constants)
+    totals, (given, options) = _rows(q, k), _arguments(q, k)
+    grid = (-(-q.shape[-2] // options["ROWS"]), math.prod(k.shape[:-2]))
+    jitted(device.row_totals, q.device)[grid](q, k, totals, *given, **options)
     return totals / LOG2_E
 
 
 def supports(q: Tensor, k: Tensor, tile: int = 0) -> Verdict:
     """Whether the kernels take these queries and keys, and if not, why."""
-    if k.dtype not in DTYPES or q.dtype != k.dtype:
+    if k.dtype not in MOST_CHANNELS or q.dtype != k.dtype:
         return False, f"no kernel for {q.dtype} and {k.dtype}"
     if q.ndim not in (3, 4) or q.ndim != k.ndim:
         return False, f"no kernel for {q.ndim} axes"
-    if min(q.numel(), k.numel()) < 1 or not 1 <= q.shape[-1] <= MOST_CHANNELS:
-        return False, f"no queries, no keys, or heads of {q.shape[-1]} channels"
+    if min(q.numel(), k.numel()) < 1 or not 1 <= q.shape[-1] <= MOST_CHANNELS[q.dtype]:
+        return False, f"no queries, no keys, or heads of {q.shape[-1]} channels in {q.dtype}"
     if q.stride(-1) != 1 or k.stride(-1) != 1:
         return False, "channels must lie side by side"
     if max(x.shape[-2] * x.stride(-2) for x in (q, k)) >= 2**31:
@@ -70,16 +69,22 @@ def _rows(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _arguments(q: Tensor, k: Tensor) -> tuple[tuple, dict[str, Any]]:
-    """What both kernels are told behind their tensors, and their constants."""
+    """What both kernels are told behind their tensors, by place and by name."""
     q, k = (x if x.ndim == 4 else x[None] for x in (q, k))
     heads, (queries, dim) = k.shape[1], q.shape[2:]
     given = (*q.stride()[:3], *k.stride()[:3], queries, k.shape[2], heads, LOG2_E / math.sqrt(dim))
-    return given, constants(q.dtype, q.shape[1] // heads, dim, q.is_cuda)
+    constants, launch = built(q.dtype, q.shape[1] // heads, dim, q.is_cuda)
+    return given, constants | launch
 
 
-def constants(dtype: torch.dtype, group: int, dim: int, cuda: bool = True) -> dict[str, Any]:
-    """Compile-time arguments. Triton's interpreter cannot multiply bfloat16, so there the operands are widened."""
-    return {
-        "GROUP": group, "DIM": dim, "DIM_BLOCK": max(16, 1 << (dim - 1).bit_length()), "ROWS": ROWS, "KEYS": KEYS,
+def built(dtype: torch.dtype, group: int, dim: int, cuda: bool = True) -> tuple[dict[str, Any], dict[str, int]]:
+    """Compile-time arguments, and warps and stages, with which no register spills. Triton's interpreter cannot multiply
+    bfloat16, so there the operands are widened; float32 goes through the tensor cores in three parts (tf32x3)."""
+    wide = dtype == torch.float32
+    edge = 32 if wide else 64
+    constants = {
+        "GROUP": group, "DIM": dim, "DIM_BLOCK": max(16, 1 << (dim - 1).bit_length()), "ROWS": edge, "KEYS": edge,
         "UPCAST": dtype == torch.bfloat16 and not cuda, "PRECISION": "tf32x3",
     }  # fmt: skip
+    few = group == 1 and not wide
+    return constants, {"num_warps": 4 if few else 8, "num_stages": 3 if few else 2}
