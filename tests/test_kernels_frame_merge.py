@@ -71,7 +71,7 @@ def check(places, live, middle, frame, capacity, config, grid):
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("change", [0.0, 0.25, 3.0])
+@pytest.mark.parametrize("change", [0.0, 0.45, 3.0])
 def test_a_frame_joins_as_in_float64(dtype, change):
     config = TemporalMergeConfig(threshold=0.9, floor=0.7, most=3)
     *_, into = check(*case((3, 5), 7, 2, 16, dtype, change), None, config, (3, 5))
@@ -80,9 +80,9 @@ def test_a_frame_joins_as_in_float64(dtype, change):
 
 
 @needs_triton
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
-    grid=st.tuples(st.integers(1, 6), st.integers(1, 7)), reach=st.integers(0, 2), dim=st.sampled_from([6, 16, 20]),
+    grid=st.tuples(st.integers(1, 4), st.integers(1, 5)), reach=st.integers(0, 1), dim=st.sampled_from([6, 16, 20]),
     room=st.integers(-9, 3), change=st.floats(0.0, 0.9), missing=st.integers(0, 5), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_grid_any_neighbourhood_and_any_room(grid, reach, dim, room, change, missing, seed):
@@ -118,7 +118,7 @@ def test_a_film_is_merged_the_same_with_them(monkeypatch):
     generator = torch.Generator().manual_seed(1)
     keys = [torch.randn(1, 12, HEADS, 16, generator=generator)]
     for _ in range(5):
-        keys.append(keys[-1] + 0.25 * torch.randn(1, 12, HEADS, 16, generator=generator))
+        keys.append(keys[-1] + 0.5 * torch.randn(1, 12, HEADS, 16, generator=generator))
     film = [Tokens(key, key + 1, torch.full((12,), at), key[..., :PLAIN].contiguous()) for at, key in enumerate(keys)]
     plain, fast = (TemporalMerge(TemporalMergeConfig(threshold=0.9), 3, 4) for _ in range(2))
     kept = other = None
@@ -137,17 +137,20 @@ def test_a_film_is_merged_the_same_with_them(monkeypatch):
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_every_number_is_moved_once(dtype):
-    places, live, middle, frame = case((4, 5), 2, 2, 16, dtype, 0.25)
+@pytest.mark.parametrize("change", [0.0, 0.45])
+def test_every_number_is_moved_once(dtype, change):
+    places, live, middle, frame = case((4, 5), 2, 2, 16, dtype, change)
     launches, into = check(places, live, middle, frame, None, TemporalMergeConfig(threshold=0.9), (4, 5))
     joining = int((into < 22).sum())
-    assert 0 < joining < 20
-    assert launches.traffic == traffic(2, HEADS, 16, 20, joining, dtype.itemsize, PLAIN, 1)
+    assert joining == 20 if change == 0.0 else 0 < joining < 20
+    counted, most = launches.traffic, traffic(2, HEADS, 16, (4, 5), joining, dtype.itemsize, PLAIN, 1)
+    assert counted == most if joining == 20 else most.read - 80 <= counted[1] <= most.read
+    assert counted[2] == most.written
 
 
 def test_a_full_size_frame_moves_what_it_must():
     """Wan 1.3B at 480p in bfloat16, all tokens joining: six passes over a frame's keys, and less than a hundredth."""
-    moved, side = traffic(1, 12, 128, 1560, 1560, 2, 44, 1), 1560 * 12 * 128 * 2
+    moved, side = traffic(1, 12, 128, (30, 52), 1560, 2, 44, 1), 1560 * 12 * 128 * 2
     assert moved.launches == 3
     times = 1560 * 12 * 44 * 2
     assert moved.read + moved.written == pytest.approx(7 * side + 2 * times, rel=0.01)
@@ -172,7 +175,7 @@ def test_the_torch_form_makes_more_than_ten_times_as_much():
         one = Tokens(keys, keys, torch.empty(1560, dtype=torch.int64, device="meta"))
         before = written.bytes
         correspondence(torch.empty(1560, dtype=torch.int64, device="meta"), one, one, 1, (30, 52))
-    assert written.bytes - before > 10 * traffic(1, 12, 128, 1560, 1560, 2, 44, 1).written
+    assert written.bytes - before > 10 * traffic(1, 12, 128, (30, 52), 1560, 2, 44, 1).written
 
 
 def test_what_the_kernels_do_not_take_has_a_reason():
