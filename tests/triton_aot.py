@@ -56,6 +56,28 @@ def _relative_l1(dtype: str, long: bool = False) -> Case:
     return Case("relative_l1_triton:partial_sums", types, constants, loose, warps=8, wide_loads=2, long=long)
 
 
+def _time_turn(dtype: str, long: bool = False) -> Case:
+    integers = ("x_batch", "x_token", "x_head", "out_batch", "out_token", "out_head", "tokens", "each")
+    types = {"x": POINTERS[dtype], "cos": "*fp32", "sin": "*fp32", "out": POINTERS[dtype]}
+    constants = {"HEADS": 12, "CHANNELS": 44, "TURNED_HEADS": 1, "FLAT": True, "BLOCK": 1024}
+    return Case(
+        "time_turn_triton:turn", types | dict.fromkeys(integers, "i32"), constants, ("x_head", "tokens", "each"), long=long
+    )
+
+
+def _multistep(dtype: str, points: int, long: bool = False) -> Case:
+    integers = (
+        "point_stride", "v_batch", "v_channel", "v_frame", "x_batch", "x_channel", "x_frame", "channels", "frames",
+        "size",
+    )  # fmt: skip
+    types = {"velocities": "*fp32", "table": "*fp32", "x": POINTERS[dtype], "out": POINTERS[dtype]}
+    constants = {"POINTS": points, "ENTRIES": 1, "FROM_X": True, "BLOCK": 1024}
+    return Case(
+        "multistep_triton:linear_step", types | dict.fromkeys(integers, "i32"), constants, ("frames",),
+        wide_loads=points + 1, long=long,
+    )  # fmt: skip
+
+
 CASES = {
     "relative L1 bf16": _relative_l1("bf16"),
     "relative L1 fp32": _relative_l1("fp32", long=True),
@@ -67,6 +89,12 @@ CASES = {
         ("columns", "pieces"),
         wide_loads=0,
     ),
+    "time turn bf16": _time_turn("bf16"),
+    "time turn fp16": _time_turn("fp16", long=True),
+    "time turn fp32": _time_turn("fp32", long=True),
+    "multistep of 3 bf16": _multistep("bf16", 3),
+    "multistep of 3 fp32": _multistep("fp32", 3, long=True),
+    "multistep of 1 fp16": _multistep("fp16", 1, long=True),
 }
 
 
