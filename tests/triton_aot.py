@@ -61,7 +61,11 @@ def _time_turn(dtype: str, long: bool = False) -> Case:
     types = {"x": POINTERS[dtype], "cos": "*fp32", "sin": "*fp32", "out": POINTERS[dtype]}
     constants = {"HEADS": 12, "CHANNELS": 44, "TURNED_HEADS": 1, "FLAT": True, "BLOCK": 1024}
     return Case(
-        "time_turn_triton:turn", types | dict.fromkeys(integers, "i32"), constants, ("x_head", "tokens", "each"), long=long
+        "time_turn_triton:turn",
+        types | dict.fromkeys(integers, "i32"),
+        constants,
+        ("x_head", "tokens", "each"),
+        long=long,
     )
 
 
