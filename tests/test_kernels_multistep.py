@@ -16,6 +16,7 @@ from accel.kernels.multistep import linear_step, supports, traffic
 from accel.predict import Guards, predict, weights
 from accel.schedule import flow_sigmas
 from accel.solver import EulerSolver
+from tests.kernel_counts import counted
 from tests.triton_interpreter import interpreted, needs_triton
 
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -130,6 +131,31 @@ def test_a_predicted_step_at_full_size_reads_and_writes_every_scalar_once() -> N
     frame = 16 * 68 * 120
     read = (3 * 25 - 15) * frame * 4 + x.nbytes + 4 * 4 * 25
     assert traffic(velocities, table, x, [True] * 25) == (1, read, x.nbytes)
+
+
+def test_a_full_size_schedule_moves_what_its_steps_need() -> None:
+    """25 latent frames at 540p denoised together in 50 steps, bfloat16 latents. Every 5th step and the first three are
+    computed; the others extrapolate the last two velocities, so that a skipped step is one pass over them and Euler's
+    pass, and a computed one is Euler's pass alone."""
+    table, window, active = flow_sigmas(50, 3.0), (0, 25), [True] * 25
+    history, solver = VelocityHistory(25), EulerSolver(table, 25)
+    x, frame = torch.empty(1, 16, 25, 68, 120, dtype=torch.bfloat16, device="meta"), 16 * 68 * 120
+    skipped = 0
+    with counted(linear_step, traffic) as counts:
+        for step in range(1, 51):
+            level = [float(table[step - 1])] * 25
+            if step <= 3 or step % 5 == 0:
+                velocity = x
+                history.push(window, level, velocity)
+            else:
+                velocity, skipped = predict(history, window, level, 1), skipped + 1
+            x = solver.step(x, velocity, [step] * 25, active, window)
+    computed = 50 - skipped
+    assert (computed, skipped, x.dtype) == (13, 37, torch.bfloat16)
+    euler = 50 * (25 * frame * 2 + 2 * 4 * 25) + computed * 25 * frame * 2 + skipped * 25 * frame * 4
+    combined = skipped * (2 * 25 * frame * 4 + 3 * 4 * 25)
+    assert counts.calls == 50 + skipped
+    assert counts.sums == (50 + skipped, euler + combined, 50 * 25 * frame * 2 + skipped * 25 * frame * 4)
 
 
 def test_what_the_kernel_does_not_take_has_a_reason() -> None:

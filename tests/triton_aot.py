@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,15 @@ def _relative_l1(dtype: str, long: bool = False) -> Case:
     return Case("relative_l1_triton:partial_sums", types, constants, loose, warps=8, wide_loads=2, long=long)
 
 
+def _relative_l1_sketch() -> Case:
+    """Scalars at a stride: what is remembered is contiguous, and no row of it needs to begin at a multiple of 16."""
+    dense = _relative_l1("bf16")
+    types = dict(dense.types) | {"now_stride": "i32"}
+    constants = {key: value for key, value in dense.constants.items() if key != "now_stride"}
+    loose = [name for name in types if types[name] == "i32"]
+    return replace(dense, types=types, constants=constants, loose=loose, wide_loads=0, long=True)
+
+
 def _time_turn(dtype: str, long: bool = False) -> Case:
     integers = ("x_batch", "x_token", "x_head", "out_batch", "out_token", "out_head", "tokens", "each")
     types = {"x": POINTERS[dtype], "cos": "*fp32", "sin": "*fp32", "out": POINTERS[dtype]}
@@ -86,6 +95,7 @@ CASES = {
     "relative L1 bf16": _relative_l1("bf16"),
     "relative L1 fp32": _relative_l1("fp32", long=True),
     "relative L1 fp16": _relative_l1("fp16", long=True),
+    "relative L1 sketch": _relative_l1_sketch(),
     "relative L1 pooled": Case(
         "relative_l1_triton:pooled",
         {"partial": "*fp32", "table": "*fp32", "out": "*fp32", "columns": "i32", "pieces": "i32"},
