@@ -118,7 +118,7 @@ class TemporalMerge:
             limit = capacity if most > capacity else None
             places, live = merge_kernel(places, live, middle, frame, limit, self.config, (self.height, self.width))
             if most > capacity:
-                middle, places, live = _evict(middle, places, frame.frames[0], live, capacity)
+                places, live = _evict(middle, places, frame.frames[0], live, capacity)
                 most = capacity
         self._places[layer] = places
         self._lengths[layer] = self.late.add(live)
@@ -240,19 +240,21 @@ def _roomy(kept: Tokens | None, like: Tokens, rows: int) -> Tokens:
     return Tokens(longer(kept.keys, 1), longer(kept.values, 1), longer(kept.frames, 0), plain, longer(kept.counts, 0))
 
 
-def _evict(
-    middle: Tokens, places: Tensor, newest: Tensor, live: Tensor, capacity: int
-) -> tuple[Tokens, Tensor, Tensor]:
-    """The ``capacity`` tokens worth most at the time ``newest`` first, in order, who stands for each place then, and
-    how many there are. Rows without a token are worth less than any with one."""
+def _evict(middle: Tokens, places: Tensor, newest: Tensor, live: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Moves the ``capacity`` tokens worth most at the time ``newest`` to the front, in order and in place; who stands
+    for each place then, and how many there are. Rows without a token are worth less than any with one."""
     rows = torch.arange(len(middle), device=places.device)
     worth = middle.counts / (1.0 + (newest - middle.frames).clamp(min=0))
     order = torch.where(rows < live, worth, -math.inf).argsort(stable=True)
-    excess = len(middle) - capacity
-    stay = order[excess:].sort().values
+    stay = order[len(middle) - capacity :].sort().values
+    for side in (middle.keys, middle.values, middle.plain):
+        if side is not None:
+            side[:, :capacity] = side[:, stay]
+    for notes in (middle.frames, middle.counts):
+        notes[:capacity] = notes[stay]
     moved = torch.full_like(rows, -1)
     moved[stay] = rows[:capacity]
-    return middle.part(torch.cat([stay, order[:excess]])), moved[places], live.clamp(max=capacity)
+    return moved[places], live.clamp(max=capacity)
 
 
 def _unit(keys: Tensor) -> Tensor:
