@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from ..flops import attention_flops
+from ..kernels.listed_tiles import BREAK_EVEN
 from .block_sparse import attend_tiles
 from .dense import attend, per_head
 from .selection import Interval, Selection, counted_tiles, merged, select, selection_flops
 
-SPARSE_RATE = 0.65
-"""Assumed, not measured here: the rate of a block-sparse kernel on a GPU as a part of a dense one's."""
+SPARSE_RATE = BREAK_EVEN
+"""Assumed, not measured here: the rate of a block-sparse kernel on a GPU as a part of a dense one's, and so the density
+from which it no longer pays."""
 
 
 @dataclass(frozen=True, slots=True)
