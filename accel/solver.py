@@ -79,10 +79,10 @@ class Solver(ABC):
                     f"{self._name}: latent frame {frame} cannot take step {step}; it has 1 to {self.steps}."
                 )
         told = [computed] * width if isinstance(computed, bool) else list(computed)
-        return self._advance(x, velocity, steps, active, slice(start, end), told)
+        return self._moved(x, velocity, steps, active, slice(start, end), told)
 
     @abstractmethod
-    def _advance(
+    def _moved(
         self,
         x: Tensor,
         velocity: Tensor,
@@ -111,7 +111,7 @@ class EulerSolver(Solver):
         super().__init__(table, frames)
         self._lengths = self.table.diff()[None]
 
-    def _advance(
+    def _moved(
         self,
         x: Tensor,
         velocity: Tensor,
@@ -141,7 +141,7 @@ class UniPCSolver(Solver):
         self._taken = [0] * frames
         self._state: Tensor | None = None
 
-    def _advance(
+    def _moved(
         self,
         x: Tensor,
         velocity: Tensor,
@@ -155,7 +155,20 @@ class UniPCSolver(Solver):
             for flags in (active, computed)
         )
         precision = torch.promote_types(torch.promote_types(x.dtype, velocity.dtype), torch.float32)
-        start, x, velocity = x, x.to(precision), velocity.to(precision)
+        result = self._advance(x.to(precision), velocity.to(precision), steps, active, moving, window, told)
+        return torch.where(moving, result.to(x.dtype), x)
+
+    def _advance(
+        self,
+        x: Tensor,
+        velocity: Tensor,
+        steps: Sequence[int],
+        active: Sequence[bool],
+        moving: Tensor,
+        window: slice,
+        computed: Tensor,
+    ) -> Tensor:
+        """The next latents, right where ``moving`` ``[1, 1, T, 1, 1]``; anything elsewhere."""
         moves = {
             frame: step for frame, (step, flag) in enumerate(zip(steps, active, strict=True), window.start) if flag
         }
@@ -166,20 +179,20 @@ class UniPCSolver(Solver):
                     "a multistep solver takes all steps in order, so use a new one for each segment."
                 )
         history = self._history(x)[:, :, :, window]
-        newest, older, before = history.to(x.dtype)
-        weights = self._per_frame(self._weights, steps).to(x.device, x.dtype, non_blocking=True)
+        newest, older, start = history.to(x.dtype)
+        weights = self._per_frame(self._weights, steps).to(x.dtype).to(x.device, non_blocking=True)
         sigma, *weights = weights[:, None, None, :, None, None]
         x0 = x - sigma * velocity
         carry, pull, back, ahead = weights[:4]
-        corrected = carry * before + pull * (newest + back * (older - newest) + ahead * (x0 - newest))
-        first = torch.tensor(steps).view(1, 1, -1, 1, 1).to(x.device, non_blocking=True) == 1
-        corrected = torch.where(first | ~told, x, corrected)
+        corrected = carry * start + pull * (newest + back * (older - newest) + ahead * (x0 - newest))
+        first = torch.tensor(steps).view(moving.shape).to(x.device, non_blocking=True) == 1
+        corrected = torch.where(first | ~computed, x, corrected)
         carry, pull, back = weights[4:]
         predicted = carry * corrected + pull * (x0 + back * (newest - x0))
         history.copy_(torch.where(moving, torch.stack([x0, newest, corrected]), history))
         for frame, step in moves.items():
             self._taken[frame] = step
-        return torch.where(moving, predicted.to(start.dtype), start)
+        return predicted
 
     def _history(self, x: Tensor) -> Tensor:
         """``[3, B, C, frames, H, W]``: x0 of the last two steps, newest first, and the latents the last began with."""
