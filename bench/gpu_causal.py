@@ -1,8 +1,8 @@
 """Causal few-step rollouts, block by block: bounded K/V on our ring store, and in the manner of Self-Forcing.
 
-``Rolling`` is that manner, written from its description for comparison only: a buffer of the window's length, what stays
-is cloned and moved to the front when a block does not fit, and every layer reads its counters from the device. Rollouts
-advance in turn, one block each, so that their times can be compared; they are timed once all K/V are full.
+``Rolling`` is that manner, written from its description for comparison only: a buffer of the window's length, what
+stays is cloned and moved to the front when a block does not fit, and every layer reads its counters from the device.
+Rollouts advance in turn, one block each, so that their times can be compared; they are timed once all K/V are full.
 """
 
 from __future__ import annotations
@@ -60,8 +60,7 @@ class Rolling:
         """Writes the block's ``[B, n, heads, head_dim]`` behind what there is; returns all that is to be read."""
         if self._layers[layer] is None:
             sides = (key.new_zeros(key.shape[0], self._capacity, *key.shape[2:]) for _ in range(2))
-            counters = (torch.zeros(1, dtype=torch.int64, device=key.device) for _ in range(2))
-            self._layers[layer] = (*sides, *counters)
+            self._layers[layer] = (*sides, *self._counters(key.device))
         keys, values, seen, filled = self._layers[layer]
         count, end = key.shape[1], self._block[0] * self._tokens + key.shape[1]
         last = filled.item() + end - seen.item()
@@ -78,6 +77,11 @@ class Rolling:
 
     def commit(self) -> None:
         """What was written last stays; the counters know already."""
+
+    @staticmethod
+    def _counters(device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tokens of the video that a layer has seen, and those its buffer holds."""
+        return torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
 
 
 class Rollout:
@@ -180,9 +184,7 @@ def ceilings(bench: Bench) -> dict[str, float]:
     """Rates of a large matrix product, FLOP/s, and of a large copy, bytes read and written a second."""
     side = bench.extent.product
     a, b, out = (bench.random(side, side) for _ in range(3))
-    source, target = (
-        torch.empty(bench.extent.kernel_bytes, dtype=torch.uint8, device=bench.device) for _ in range(2)
-    )
+    source, target = (torch.empty(bench.extent.kernel_bytes, dtype=torch.uint8, device=bench.device) for _ in range(2))
     times = bench.timed(
         bench.clock.device,
         {"product": lambda number: torch.mm(a, b, out=out), "copy": lambda number: target.copy_(source)},

@@ -55,9 +55,7 @@ class Extent:
 
 
 WHOLE = Extent()
-TOY_SHAPE = WanShape(
-    dim=48, ffn_dim=96, layers=2, heads=2, text_tokens=6, freq_dim=16, text_dim=12
-)
+TOY_SHAPE = WanShape(dim=48, ffn_dim=96, layers=2, heads=2, text_tokens=6, freq_dim=16, text_dim=12)
 TOY = Extent(
     shape=TOY_SHAPE,
     large=WanShape(dim=96, ffn_dim=192, layers=3, heads=4, text_tokens=6, freq_dim=16, text_dim=12),

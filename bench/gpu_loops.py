@@ -74,15 +74,15 @@ def loops(bench: Bench, told: dict[str, Any]) -> None:
 
 
 def compared(seconds: dict[str, list[float]], timelines: dict[str, Timeline]) -> list[dict[str, Any]]:
-    """One row a loop; ratios are to the loop that computes every call."""
-    rows = []
+    """One row a loop; ratios are to the loop that computes every call, over the rounds that all have gone through."""
+    rows, rounds = [], min(len(taken) for taken in seconds.values() if taken)
     for name, taken in seconds.items():
         if not taken:
             continue
         totals = timelines[name].totals()
-        flop_ratio, time_ratio = totals["flop_ratio"], fmean(seconds[EVERY]) / fmean(taken)
+        flop_ratio, time_ratio = totals["flop_ratio"], fmean(seconds[EVERY][:rounds]) / fmean(taken[:rounds])
         rows.append({
-            "loop": name, "calls": totals["calls"], "seconds": fmean(taken), "runs": taken,
+            "loop": name, "calls": totals["calls"], "seconds": fmean(taken[:rounds]), "runs": taken,
             "pflop": totals["flops"] / 1e15, "flop_ratio": flop_ratio, "time_ratio": time_ratio,
             "realised": time_ratio / flop_ratio, "state_bytes": totals.get("state_bytes", 0),
             "kv_bytes": totals.get("kv_bytes", 0),
