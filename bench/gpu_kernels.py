@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accel.kv.rotary import TimeRotary
+
 from .gpu_clock import Work
 from .gpu_extent import Bench
+from .gpu_model import latents
 
 SETS = 3  # of inputs, taken in turn: a cache that held one would flatter
-FORMS = ("plain", "compiled", "kernel")
+REPEATS = 20  # of small works in one reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,47 +29,32 @@ class Line:
     """One kernel.
 
     Attributes:
-        name: for people. home: module under ``accel.kernels`` and the operation in it, see ``accel.kernels.choose``.
-        inputs: makes its arguments. moved: bytes that have to be read and written, of these arguments.
+        name: for people. module, operation: where it lives under ``accel.kernels``, see ``accel.kernels.choose``; its
+            ``traffic`` says what it has to read and write.
+        inputs: makes its arguments.
         compiled: what ``torch.compile`` is given, with the same arguments; None for the operation's plain form.
-        plain: the plain form where the operation is not there.
     """
 
     name: str
-    home: tuple[str, str]
+    module: str
+    operation: str
     inputs: Callable[[Bench], tuple]
-    moved: Callable[..., int]
     compiled: Callable | None = None
-    plain: Callable | None = None
-
-
-def operation(home: tuple[str, str]) -> tuple[Any, str]:
-    """The operation of a line, or None and why it is not there."""
-    module, name = home
-    try:
-        return getattr(importlib.import_module(f"accel.kernels.{module}"), name), ""
-    except (ImportError, AttributeError) as error:
-        return None, f"{type(error).__name__}: {error}"
 
 
 def forms(line: Line, arguments: tuple, bench: Bench) -> tuple[dict[str, Callable], dict[str, str]]:
     """What can run of a line, each tried once, and of what cannot, why not."""
-    found, reasons = {}, {}
-    kernel, missing = operation(line.home)
-    plain = line.plain if kernel is None else kernel.torch_form
-    tried: dict[str, Callable | None] = {"plain": plain, "compiled": None, "kernel": None}
-    reasons["plain"] = reasons["kernel"] = missing
-    reasons["compiled"] = "not compiled at this size" if not bench.extent.compiled else missing
-    if bench.extent.compiled and (line.compiled or plain):
+    found, reasons = {}, {"compiled": "not compiled at this size"}
+    kernel = getattr(_home(line), line.operation)
+    ok, reasons["kernel"] = kernel.choose(*arguments)
+    tried: dict[str, Callable | None] = {"plain": kernel.torch_form, "kernel": kernel.triton_form if ok else None}
+    if bench.extent.compiled:
         torch.compiler.reset()
-        tried["compiled"] = torch.compile(line.compiled or plain, dynamic=False)
-    if kernel is not None:
-        ok, reasons["kernel"] = kernel.choose(*arguments)
-        tried["kernel"] = kernel.triton_form if ok else None
+        tried["compiled"] = torch.compile(line.compiled or kernel.torch_form, dynamic=False)
     for name, form in tried.items():
-        if form is None:
-            continue
         try:
+            if form is None:
+                continue
             form(*arguments)
         except Exception as error:
             reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -78,14 +66,15 @@ def forms(line: Line, arguments: tuple, bench: Bench) -> tuple[dict[str, Callabl
 def measured(line: Line, bench: Bench) -> dict[str, Any]:
     """A row: device seconds of each form, and as ratios; bytes a second as a part of a copy's."""
     sets = [line.inputs(bench) for _ in range(SETS)]
-    moved = line.moved(*sets[0])
+    traffic = _home(line).traffic(*sets[0])
+    moved = traffic.read + traffic.written
     found, reasons = forms(line, sets[0], bench)
     source, target = (
         torch.empty(max(moved // 2, 1), dtype=torch.uint8, device=bench.device).random_() for _ in range(2)
     )
     works: dict[str, Work] = {"copy": lambda number: (source, target)[number % 2].copy_((target, source)[number % 2])}
     works |= {name: lambda number, form=form: form(*sets[number % SETS]) for name, form in found.items()}
-    times = bench.timed(bench.clock.queued, works)
+    times = bench.timed(bench.clock.queued, works, min(REPEATS, max(1, bench.extent.kernel_bytes // moved)))
     row = {"kernel": line.name, "bytes": moved, "rounds": times.rounds, "reasons": reasons}
     row["seconds"] = {name: times.median(name) for name in works}
     row["of_copy"] = {name: times.ratio("copy", name) for name in found}
@@ -96,7 +85,7 @@ def measured(line: Line, bench: Bench) -> dict[str, Any]:
 
 def kernels(bench: Bench, told: dict[str, Any]) -> None:
     """Fills ``told`` with a row a line of ``TABLE``; an error stays in its row."""
-    told["kernels"], told["figures"] = [], {}
+    told["kernels"] = []
     for line in TABLE:
         bench.pace.demand(line.name)
         try:
@@ -107,10 +96,22 @@ def kernels(bench: Bench, told: dict[str, Any]) -> None:
             row = {"kernel": line.name, "error": f"{type(error).__name__}: {error}"}
         told["kernels"].append(row)
         bench.say(f"kernels: {line.name}, {spoken(row)}")
-        if line is RELATIVE_L1 and "kernel" in row.get("seconds", {}):
-            told["figures"]["relative_l1_share"] = row["of_copy"]["kernel"]
-            if row["kernel_over_compiled"] is not None:
-                told["figures"]["relative_l1_over_compiled"] = row["kernel_over_compiled"]
+        if line is RELATIVE_L1:
+            told["figures"], told["why"] = figures(row)
+
+
+def figures(row: dict[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
+    """What relative L1 reaches, and why where a figure is missing."""
+    reasons = row.get("reasons", {"kernel": row.get("error", "")})
+    found = {
+        "relative_l1_share": row.get("of_copy", {}).get("kernel"),
+        "relative_l1_over_compiled": row.get("kernel_over_compiled"),
+    }
+    why = "; ".join(f"{form}: {reasons[form]}" for form in ("kernel", "compiled") if reasons.get(form))
+    return (
+        {key: value for key, value in found.items() if value is not None},
+        {key: why for key, value in found.items() if value is None},
+    )
 
 
 def spoken(row: dict[str, Any]) -> str:
@@ -118,6 +119,10 @@ def spoken(row: dict[str, Any]) -> str:
     if "error" in row:
         return row["error"]
     return ", ".join(f"{name} {taken * 1e6:.4g} us" for name, taken in row["seconds"].items())
+
+
+def _home(line: Line) -> Any:
+    return importlib.import_module(f"accel.kernels.{line.module}")
 
 
 def _looks(bench: Bench) -> tuple:
@@ -130,10 +135,6 @@ def _looks(bench: Bench) -> tuple:
     return [Look(now, rows, ((0, frames),))], [[1.0] * frames + [1e-8]]
 
 
-def _looks_bytes(looks: list, table: list) -> int:
-    return sum(2 * look.now.nbytes + look.rows.nbytes for look in looks)
-
-
 def _compiled_looks(looks: list, table: list) -> Tensor:
     """What the kernel does for one group of whole rows, as a compiler sees it best."""
     now, rows, _ = looks[0]
@@ -143,7 +144,34 @@ def _compiled_looks(looks: list, table: list) -> Tensor:
     return change / (size + table[0][-1])
 
 
-RELATIVE_L1 = Line(
-    "relative L1 with refresh", ("relative_l1", "group_relative_l1"), _looks, _looks_bytes, _compiled_looks
-)
-TABLE = [RELATIVE_L1]
+def _velocities(bench: Bench) -> tuple:
+    """Three stored velocities, latents and coefficients of a segment in which every latent frame advances."""
+    frames = bench.extent.plan.segment
+    x = latents(bench, frames, bench.extent.grid)
+    velocities = torch.stack([latents(bench, frames, bench.extent.grid) for _ in range(3)])
+    return velocities, torch.rand(3, frames) - 0.5, x, [True] * frames
+
+
+def _compiled_step(velocities: Tensor, table: Tensor, x: Tensor, moving: list) -> Tensor:
+    """What the kernel does, as a compiler sees it best."""
+    weights = table.to(x.device)[:, None, None, :, None, None]
+    return x + (velocities * weights).sum(0)
+
+
+def _sink(bench: Bench) -> tuple:
+    """Time channels of the first latent frame's keys of one layer, and the places they are turned into."""
+    shape, (rows, columns) = bench.extent.shape, bench.extent.causal_grid
+    width = shape.dim // shape.heads
+    channels = TimeRotary.of_wan(width).channels
+    stored = bench.random(1, rows * columns, shape.heads, width)
+    angles = bench.random(1, 1, channels // 2, dtype=torch.float32)
+    plain = bench.random(1, rows * columns, shape.heads, channels)
+    return plain, angles.cos(), angles.sin(), stored[..., :channels]
+
+
+RELATIVE_L1 = Line("relative L1 with refresh", "relative_l1", "group_relative_l1", _looks, _compiled_looks)
+TABLE = [
+    RELATIVE_L1,
+    Line("multistep and Euler, a noise level a frame", "multistep", "linear_step", _velocities, _compiled_step),
+    Line("time turn of the sink, one layer", "time_turn", "turn_pairs", _sink),
+]

@@ -67,9 +67,8 @@ def figures(parts: dict[str, Any], toy: bool) -> dict[str, dict[str, Any]]:
         value = part.get("figures", {}).get(figure.key)
         row = {"figure": figure.words, "goal": figure.goal, "measured": value, "reached": None}
         if value is None:
-            row["why"] = part.get("error") or (
-                "the part has no such figure, see its table" if part else f"part {figure.part} has not run"
-            )
+            unrun = "its part stopped before" if part else f"part {figure.part} has not run"
+            row["why"] = part.get("why", {}).get(figure.key) or part.get("error") or unrun
         elif toy:
             row["why"] = "toy size: it runs, which says nothing about speed"
         else:
@@ -95,7 +94,7 @@ def markdown(told: dict[str, Any]) -> str:
         for key, rows in part.items():
             if isinstance(rows, list) and rows:
                 lines += [f"## {name}: {key}", "", *_table(rows)]
-            elif isinstance(rows, dict) and key not in ("conditions", "figures"):
+            elif isinstance(rows, dict) and key not in ("conditions", "figures", "why"):
                 nested = all(isinstance(value, dict) for value in rows.values())
                 told_rows = [{"": one} | value for one, value in rows.items()] if nested else [rows]
                 lines += [f"## {name}: {key}", "", *_table(told_rows)]
