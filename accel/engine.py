@@ -23,6 +23,7 @@ from .chunks import REFRESH, ChunkConfig, ChunkPolicies
 from .correct import ResidualCorrection, is_scene_cut
 from .denoiser import Denoiser
 from .history import VelocityHistory
+from .kernels.choose import Usage
 from .kv.frozen import FrozenConfig, FrozenWindow
 from .policy import FixedPolicy, Policy, ThresholdPolicy, TriModalPolicy, told_reason
 from .predict import Guards, hold, predict
@@ -48,6 +49,7 @@ class Run(ChunkSteps, Resumable):
     def __init__(self, acceleration: Acceleration, denoiser: Denoiser, timeline: Timeline) -> None:
         self.acceleration, self.denoiser, self.timeline = acceleration, denoiser, timeline
         timeline.branches = denoiser.branches
+        self._kernels = Usage()
         self._frames = 0
         self._history: VelocityHistory | None = None
         self._correction = ResidualCorrection(acceleration.correction) if acceleration.correction else None
@@ -384,9 +386,12 @@ class Run(ChunkSteps, Resumable):
             self._checked.append(len(self.timeline.records) - 1)
 
     def _note_full(self, call: Call) -> None:
-        """Adds what an unaccelerated run computes at this call, and the state it would not have."""
+        """Adds what an unaccelerated run computes at this call, the state it would not have, and the kernels used."""
         width = self._frames if call.kind is Kind.DENOISE else call.frames[1] - call.frames[0]
         self.timeline.flops_full += self.denoiser.full_flops(call, width)
+        kernels = self._kernels.line()
+        if kernels:
+            self.timeline.settings["kernels"] = kernels
         self.timeline.state_bytes = max(self.timeline.state_bytes or 0, self.state_bytes)
         if self._frozen is not None or self.denoiser.kept_bytes:
             self.timeline.kv_bytes = max(self.timeline.kv_bytes or 0, self.denoiser.kept_bytes)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .kernels.multistep import linear_step
+
 SAME_SIGMA = 1e-6
 
 
@@ -155,15 +157,7 @@ class VelocityHistory:
             )
         table = torch.zeros(self.depth, end - start, dtype=torch.float32)
         table.scatter_(0, self._slots(frames, len(weights)), weights.float())
-        used = [slot for slot, row in enumerate(table.tolist()) if any(row)]
-        table = table.to(self._ring.device, non_blocking=True)[:, None, None, :, None, None]
-        window = self._ring[:, :, :, start:end]
-        if not used:
-            return torch.zeros_like(window[0])
-        total = window[used[0]] * table[used[0]]
-        for slot in used[1:]:
-            total.addcmul_(window[slot], table[slot])
-        return total
+        return linear_step(self._ring[:, :, :, start:end], table)
 
     def _enter(self, start: int, recorded: list[int], sigmas: Sequence[float]) -> list[int]:
         """Books the new sigmas and says which slot each recorded frame writes to."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .call import Call
+from .kernels.relative_l1 import Look, group_relative_l1
 
 EPSILON = 1e-8
 SIGMA_MARGIN = 1e-3
@@ -174,7 +175,8 @@ class SignalMeter:
     """Measures several signals in one pass and one small tensor, so that a step needs one readback.
 
     Numerators and denominators are summed per latent frame, then pooled over the frames of each signal's group that
-    were seen before. What is seen now is remembered for the next look, whatever the policy decides (as TeaCache does).
+    were seen before (``kernels.relative_l1``). What is seen now is remembered for the next look, whatever the policy
+    decides (as TeaCache does).
 
     Args:
         names: keys of ``SIGNALS``.
@@ -225,12 +227,12 @@ class SignalMeter:
         Raises:
             ValueError: a feature is missing or has fewer rows than the window.
         """
-        sums, columns, width = [], {}, 0
+        looks, columns, width = [], {}, 0
         for kind in self.kinds:
             if kind not in features:
                 raise ValueError(f"SignalMeter: feature {kind!r} is missing, got {', '.join(features) or 'none'}.")
-            change, size, known, scalars = self._seen[kind].compare(features[kind], call.frames)
-            sums.append(torch.stack((change, size)))
+            look, known, scalars = self._seen[kind].look(features[kind], call.frames)
+            looks.append(look)
             columns[kind] = (width, known, scalars)
             width += len(known)
         table = []
@@ -239,10 +241,7 @@ class SignalMeter:
             pooled = [float(seen and member) for seen, member in zip(known, group, strict=True)]
             row = [0.0] * offset + pooled + [0.0] * (width - offset - len(pooled))
             table.append([*row, EPSILON * scalars * sum(pooled)])
-        totals = torch.cat(sums, 1)
-        weights = torch.tensor(table, dtype=torch.float32).to(totals.device, non_blocking=True)
-        change, size = torch.where(weights[:, None, :-1] > 0.0, totals, 0.0).sum(-1).unbind(1)
-        return change / (size + weights[:, -1])
+        return group_relative_l1(looks, table)
 
     def _groups(self, call: Call, columns: Mapping[str, tuple], parts) -> list[tuple[str, list[bool]]]:
         """Feature and pooled rows of every number to give."""
@@ -282,8 +281,8 @@ class _Rows:
     def nbytes(self) -> int:
         return 0 if self._rows is None else self._rows.nbytes
 
-    def compare(self, feature: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor, list[bool], int]:
-        """Per row ``sum|now - before|`` and ``sum|before|``, whether it was seen before, and scalars in a row."""
+    def look(self, feature: Tensor, window: tuple[int, int]) -> tuple[Look, list[bool], int]:
+        """What is to be compared and then remembered, whether each row was seen before, and scalars in a row."""
         start, end = window
         extra = feature.shape[1] - (end - start)
         if extra < 0 or end > self.frames:
@@ -295,15 +294,10 @@ class _Rows:
         rows = self._rows_for(now, extra)
         spans = [(0, extra + end)] if start == 0 else [(0, extra), (extra + start, extra + end)]
         spans = [(first, last) for first, last in spans if last > first]
-        before = torch.cat([rows[:, first:last] for first, last in spans], 1).float()
         known = [flag for first, last in spans for flag in self._known[first:last]]
-        change, size = (now.float() - before).abs().sum((0, 2)), before.abs().sum((0, 2))
-        offset = 0
         for first, last in spans:
-            rows[:, first:last] = now[:, offset : offset + last - first]
             self._known[first:last] = [True] * (last - first)
-            offset += last - first
-        return change, size, known, now.shape[0] * now.shape[2]
+        return Look(now, rows, tuple(spans)), known, now.shape[0] * now.shape[2]
 
     def _sketch(self, feature: Tensor) -> Tensor:
         """``[B, T, n]``, every k-th scalar of a row; k shares no factor with any axis, so all channels take part."""

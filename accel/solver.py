@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .call import Family
+from .kernels.multistep import linear_step
 from .schedule import Interval, noise_table
 
 
@@ -77,12 +78,8 @@ class Solver(ABC):
                 raise ValueError(
                     f"{self._name}: latent frame {frame} cannot take step {step}; it has 1 to {self.steps}."
                 )
-        precision = torch.promote_types(torch.promote_types(x.dtype, velocity.dtype), torch.float32)
-        moving = torch.tensor(active, dtype=torch.bool, device=x.device).view(1, 1, -1, 1, 1)
-        told = torch.tensor([computed] * width if isinstance(computed, bool) else list(computed), device=x.device)
-        window, told = slice(start, end), told.view_as(moving)
-        result = self._advance(x.to(precision), velocity.to(precision), steps, active, moving, window, told)
-        return torch.where(moving, result.to(x.dtype), x)
+        told = [computed] * width if isinstance(computed, bool) else list(computed)
+        return self._advance(x, velocity, steps, active, slice(start, end), told)
 
     @abstractmethod
     def _advance(
@@ -91,20 +88,18 @@ class Solver(ABC):
         velocity: Tensor,
         steps: Sequence[int],
         active: Sequence[bool],
-        moving: Tensor,
         window: slice,
-        computed: Tensor,
+        computed: Sequence[bool],
     ) -> Tensor:
-        """The next latents, right where ``moving`` ``[1, 1, T, 1, 1]``; anything elsewhere."""
+        """``step`` with arguments that were checked."""
 
     @property
     def _name(self) -> str:
         return type(self).__name__
 
-    def _per_frame(self, values: Tensor, steps: Sequence[int], like: Tensor) -> Tensor:
-        """Rows of ``values`` ``[n, N]`` for the step each latent frame takes, ``[n, 1, 1, T, 1, 1]``."""
-        index = torch.tensor(steps).clamp(1, self.steps) - 1
-        return values[:, index].to(like.device, like.dtype)[:, None, None, :, None, None]
+    def _per_frame(self, values: Tensor, steps: Sequence[int]) -> Tensor:
+        """Rows of ``values`` ``[n, N]`` for the step each latent frame takes, ``[n, T]`` on the host."""
+        return values[:, torch.tensor(steps).clamp(1, self.steps) - 1]
 
 
 class EulerSolver(Solver):
@@ -122,11 +117,10 @@ class EulerSolver(Solver):
         velocity: Tensor,
         steps: Sequence[int],
         active: Sequence[bool],
-        moving: Tensor,
         window: slice,
-        computed: Tensor,
+        computed: Sequence[bool],
     ) -> Tensor:
-        return x + self._per_frame(self._lengths, steps, x)[0] * velocity
+        return linear_step(velocity[None], self._per_frame(self._lengths, steps), x, active)
 
 
 class UniPCSolver(Solver):
@@ -153,10 +147,14 @@ class UniPCSolver(Solver):
         velocity: Tensor,
         steps: Sequence[int],
         active: Sequence[bool],
-        moving: Tensor,
         window: slice,
-        computed: Tensor,
+        computed: Sequence[bool],
     ) -> Tensor:
+        moving, told = (
+            torch.tensor(flags, dtype=torch.bool, device=x.device).view(1, 1, -1, 1, 1) for flags in (active, computed)
+        )
+        precision = torch.promote_types(torch.promote_types(x.dtype, velocity.dtype), torch.float32)
+        start, x, velocity = x, x.to(precision), velocity.to(precision)
         moves = {
             frame: step for frame, (step, flag) in enumerate(zip(steps, active, strict=True), window.start) if flag
         }
@@ -167,19 +165,20 @@ class UniPCSolver(Solver):
                     "a multistep solver takes all steps in order, so use a new one for each segment."
                 )
         history = self._history(x)[:, :, :, window]
-        newest, older, start = history.to(x.dtype)
-        sigma, *weights = self._per_frame(self._weights, steps, x)
+        newest, older, before = history.to(x.dtype)
+        weights = self._per_frame(self._weights, steps).to(x.device, x.dtype)[:, None, None, :, None, None]
+        sigma, *weights = weights
         x0 = x - sigma * velocity
         carry, pull, back, ahead = weights[:4]
-        corrected = carry * start + pull * (newest + back * (older - newest) + ahead * (x0 - newest))
+        corrected = carry * before + pull * (newest + back * (older - newest) + ahead * (x0 - newest))
         first = torch.tensor(steps, device=x.device).view_as(moving) == 1
-        corrected = torch.where(first | ~computed, x, corrected)
+        corrected = torch.where(first | ~told, x, corrected)
         carry, pull, back = weights[4:]
         predicted = carry * corrected + pull * (x0 + back * (newest - x0))
         history.copy_(torch.where(moving, torch.stack([x0, newest, corrected]), history))
         for frame, step in moves.items():
             self._taken[frame] = step
-        return predicted
+        return torch.where(moving, predicted.to(start.dtype), start)
 
     def _history(self, x: Tensor) -> Tensor:
         """``[3, B, C, frames, H, W]``: x0 of the last two steps, newest first, and the latents the last began with."""

@@ -86,6 +86,7 @@ def summary(timeline: Timeline) -> str:
         _error_line(timeline),
         timeline.settings.get("auto"),
         *memory_lines(timeline),
+        _kernels_line(timeline),
         why_nothing_skipped(timeline),
     ]
     return "\n".join(line for line in lines if line)
@@ -140,6 +141,12 @@ def _reasons_line(timeline: Timeline) -> str:
     if not any(record.forced or record.threshold is not None for record in computed):
         return ""
     return f"recomputed because of {_counted(record.forced or 'discrepancy' for record in computed)}"
+
+
+def _kernels_line(timeline: Timeline) -> str:
+    """Which operations ran as Triton kernels and which as plain torch; empty where none was called."""
+    kernels = timeline.settings.get("kernels")
+    return f"kernels: {kernels}" if kernels else ""
 
 
 def _error_line(timeline: Timeline) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,3 +21,10 @@ def golden() -> Callable[[str], Any]:
     """Reads ``tests/golden/<name>.json``: outputs of the public reference implementations."""
     folder = Path(__file__).parent / "golden"
     return lambda name: json.loads((folder / f"{name}.json").read_text())
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if importlib.util.find_spec("triton") is None:
+        terminalreporter.write_line(
+            "TRITON IS NOT INSTALLED: no kernel was tested; pip install -r requirements-dev.txt", red=True, bold=True
+        )

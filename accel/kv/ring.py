@@ -159,8 +159,7 @@ class Ring:
             return
         places = slice(first * tokens, last * tokens)
         keys, _ = self.slots.part(places.start, places.stop)
-        positions = torch.arange(first, last).repeat_interleave(tokens) - base
-        self._plain[:, places] = self._rotary.turn(keys[..., : self._rotary.channels], -positions)
+        self._rotary.turn(keys[..., : self._rotary.channels], base - torch.arange(first, last), self._plain[:, places])
 
     def shift(self, frames: int, positions: int) -> None:
         """Turns the ring of a video of ``frames`` latent frames back by ``positions``."""
@@ -168,9 +167,12 @@ class Ring:
             return
         tokens, sink = self.layout.tokens, self.layout.sink
         end = self.layout.held(frames) * tokens
-        keys, _ = self.slots.part(sink * tokens, end)
-        turned = self._rotary.turn(keys[..., : self._rotary.channels], torch.full((keys.shape[1],), -positions))
-        self.slots.write_time(sink * tokens, turned)
+        if end <= sink * tokens:
+            return
+        time = self.slots.time(sink * tokens, end, self._rotary.channels)
+        if time is None:
+            time = self.slots.part(sink * tokens, end)[0][..., : self._rotary.channels]
+        self._turn(time, torch.tensor([-positions]), sink * tokens)
 
     def read(self, frames: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and bias (``ln counts``; None where every token is itself) of a video of ``frames`` so far."""
@@ -230,14 +232,20 @@ class Ring:
         self._stands = stands
         pinned = min(first, layout.sink) * tokens
         if pinned:
-            frames = torch.arange(pinned // tokens).repeat_interleave(tokens)
-            turned = self._rotary.turn(self._plain[:, :pinned], layout.position(frames, newest) - base)
-            self.slots.write_time(0, turned)
+            positions = layout.position(torch.arange(pinned // tokens), newest) - base
+            self._turn(self._plain[:, :pinned], positions, 0)
         if self.kept:
             start, places = layout.sink * tokens, slice(layout.sink * tokens, layout.sink * tokens + self.kept)
             positions = layout.position(self._frames[: self.kept].long(), newest) - base
-            turned = self._rotary.turn(self._plain[:, places], positions)
-            self.slots.write_time(start + layout.ring * tokens, turned)
+            self._turn(self._plain[:, places], positions, start + layout.ring * tokens)
+
+    def _turn(self, time: Tensor, positions: Tensor, start: int) -> None:
+        """Puts time channels, turned by ``positions``, into the keys from ``start`` on."""
+        out = self.slots.time(start, start + time.shape[1], self._rotary.channels)
+        if out is not None:
+            self._rotary.turn(time, positions, out)
+        else:
+            self.slots.write_time(start, self._rotary.turn(time, positions))
 
     def _middle(self) -> Tokens | None:
         if not self.kept:
@@ -257,7 +265,7 @@ class Ring:
         stand = torch.tensor(frames, device=keys.device).repeat_interleave(tokens)
         plain = None
         if self._plain is not None:
-            plain = self._rotary.turn(keys[..., : self._rotary.channels], base - stand)
+            plain = self._rotary.turn(keys[..., : self._rotary.channels], base - torch.tensor(frames))
         return Tokens(keys, values, stand, plain)
 
     def _keep(self, middle: Tokens) -> None:

@@ -7,10 +7,13 @@ their roundings: keys that move often are turned from what they were before any 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..kernels.time_turn import turn_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +40,37 @@ class TimeRotary:
         """That of a Wan model: what two spatial axes of a third each (rounded down to a pair) leave."""
         return cls(head_dim - 4 * (head_dim // 6), theta)
 
-    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+    def turn(self, x: Tensor, positions: Tensor, out: Tensor | None = None) -> Tensor:
         """``x`` turned by ``positions``, which may be negative (a turn back).
 
         Args:
-            x: time channels ``[B, n, heads, channels]``. positions: in latent frames, ``[n]`` or ``[n, heads]``.
+            x: time channels ``[B, n, heads, channels]``. positions: in latent frames, ``[m]`` or ``[n, heads]``; where
+                m is less than n, each stands for n / m neighbouring tokens. out: where the result goes, a tensor like
+                ``x`` or ``x`` itself; None makes one.
 
         Returns:
             Shape and dtype of ``x``; the angles are float64, the turn float32.
         """
-        exponents = torch.linspace(
-            0, (self.channels - 2) / self.channels, self.channels // 2, dtype=torch.float64, device=x.device
-        )
-        angles = positions.to(x.device, torch.float64)[..., None] * self.theta**-exponents
-        if positions.ndim == 1:
-            angles = angles[:, None]
-        cos, sin = angles.cos().float(), angles.sin().float()
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+        out = x.new_empty(x.shape) if out is None else out
+        if positions.ndim == 1 and len(positions) < x.shape[1]:
+            cos, sin = _few(self.channels, self.theta, tuple(positions.tolist()), x.device)
+        else:
+            cos, sin = _cos_sin(self.channels, self.theta, positions.to(x.device))
+        return turn_pairs(x, cos, sin, out)
+
+
+def _cos_sin(channels: int, theta: float, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the angles of positions ``[m]`` or ``[m, heads]``, fp32 ``[m, heads or 1, channels / 2]``."""
+    pairs, device = channels // 2, positions.device
+    exponents = torch.linspace(0, (channels - 2) / channels, pairs, dtype=torch.float64, device=device)
+    angles = positions.to(torch.float64)[..., None] * theta**-exponents
+    if positions.ndim == 1:
+        angles = angles[:, None]
+    return angles.cos().float(), angles.sin().float()
+
+
+@functools.lru_cache(maxsize=8)
+def _few(channels: int, theta: float, positions: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """``_cos_sin`` of a few positions known on the host: made once for all layers."""
+    cos, sin = _cos_sin(channels, theta, torch.tensor(positions))
+    return cos.to(device), sin.to(device)

@@ -35,6 +35,11 @@ class Slots(Protocol):
         """Replaces the leading channels ``[B, n, heads, channels]`` of the keys from ``start`` on by turned ones."""
         ...
 
+    def time(self, start: int, end: int, channels: int) -> Tensor | None:
+        """The leading channels of the keys of ``[start, end)`` as they lie, to be changed in place; None where they do
+        not lie as they are read, so that ``write_time`` has to be used."""
+        ...
+
     def fetch(self, end: int) -> None:
         """A read of the first ``end`` is about to come, after one of another layer."""
         ...
@@ -75,6 +80,9 @@ class PlainSlots:
 
     def write_time(self, start: int, time: Tensor) -> None:
         self.keys[:, start : start + time.shape[1], :, : time.shape[3]] = time
+
+    def time(self, start: int, end: int, channels: int) -> Tensor | None:
+        return self.keys[:, start:end, :, :channels]
 
     def fetch(self, end: int) -> None:
         """Nothing to do: all is there."""
@@ -136,6 +144,9 @@ class ByteSlots:
     def write_time(self, start: int, time: Tensor) -> None:
         places = slice(start, start + time.shape[1])
         self._bytes[0, :, places, :, : time.shape[3]] = _rounded(time, self._scales[0, :, places])
+
+    def time(self, start: int, end: int, channels: int) -> Tensor | None:
+        return None
 
     def fetch(self, end: int) -> None:
         """Nothing to do: bytes are widened when they are read."""
@@ -226,6 +237,9 @@ class SplitSlots:
             return
         start, self._travelling = start - self._count, None
         self._back[0][:, start : start + time.shape[1], :, : time.shape[3]] = time.to(self._back[0].device)
+
+    def time(self, start: int, end: int, channels: int) -> Tensor | None:
+        return self._front.time(start, end, channels) if end <= self._count else None
 
     def fetch(self, end: int) -> None:
         if end > self._count:
