@@ -27,7 +27,7 @@ class Extent:
         rounds, warmup: of every timing; loops have ``loop_rounds`` and warm up on their own. settle: blocks of a
             rollout after its K/V are full, before it is timed.
         kernel_bytes: of the largest tensor a kernel reads. densities: of block-sparse attention. tile, query_tile: of
-            it. compiled: whether ``torch.compile`` takes part.
+            it. compiled: whether ``torch.compile`` and kernels take part: a CPU compiles long and interprets longer.
         product: side of the square matrix product that stands for the arithmetic rate.
     """
 
@@ -66,10 +66,10 @@ TOY = Extent(
     steps=4,
     few=6,
     many=9,
-    rounds=3,
+    rounds=2,
     warmup=1,
     loop_rounds=1,
-    settle=1,
+    settle=0,
     kernel_bytes=1 << 14,
     densities=(0.25,),
     tile=16,

@@ -26,10 +26,10 @@ def random_model(shape: WanShape, bench: Bench, layers: int | None = None) -> Ti
         shape.dim, shape.ffn_dim, layers or shape.layers, shape.heads, shape.in_channels, shape.text_dim,
         shape.freq_dim, kind="random",
     )  # fmt: skip
-    with torch.device("meta"):
+    with bench.device:
         model = TinyWan(config)
     torch.manual_seed(0)
-    weights = {name: _random(name, empty.shape, bench) for name, empty in model.state_dict().items()}
+    weights = {name: _random(name, made.shape, bench) for name, made in model.state_dict().items()}
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)
 
