@@ -55,15 +55,15 @@ def loops(bench: Bench, told: dict[str, Any]) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
     timelines: dict[str, Timeline] = {}
     for number in range(extent.loop_rounds):
+        if bench.pace.left < sum(taken[-1] for taken in seconds.values() if taken):
+            bench.say("loops: no time for another round")
+            break
         for name in chosen if number % 2 == 0 else reversed(list(chosen)):
-            known = seconds[name]
-            if known and bench.pace.left < known[-1]:
-                continue
             bench.pace.demand(name)
             timelines[name] = Timeline()
-            work = loop(denoiser, chosen[name], noise, plan, timelines[name])
-            known.append(bench.clock.wall(work))
-            bench.say(f"loops: {name}, {known[-1]:.4g} s")
+            taken = bench.clock.wall(loop(denoiser, chosen[name], noise, plan, timelines[name]))
+            seconds[name].append(taken)
+            bench.say(f"loops: {name}, {taken:.4g} s")
             told["loops"] = compared(seconds, timelines)
             told["figures"] = {
                 f"realised_{key}": row["realised"]
