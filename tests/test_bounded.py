@@ -135,6 +135,21 @@ def test_a_resumed_store_goes_on_bit_for_bit(make):
     assert torch.equal(torch.cat(rest, 1), whole[:, 14 * TOKENS :])
 
 
+def test_a_store_resumed_where_positions_begin_anew_goes_on_bit_for_bit():
+    q, k, v = rows(LONGEST_POSITION + 4, dtype=torch.float32)
+    whole = roll(store(1, 6), q, k, v, [2] * (LONGEST_POSITION // 2 + 2), passes=1)
+    first, again = store(1, 6), store(1, 6)
+    roll(first, q, k, v, [2] * (LONGEST_POSITION // 2), passes=1)
+    again.load({key: value.clone() for key, value in first.state().items()})
+    for start in (LONGEST_POSITION, LONGEST_POSITION + 2):
+        part = slice(start * TOKENS, (start + 2) * TOKENS)
+        at = again.begin(start, 2)
+        assert at < 10
+        out = again.attend(0, turned(q[:, part], at), turned(k[:, part], at), v[:, part])
+        assert torch.equal(out, whole[:, part])
+        again.commit()
+
+
 def test_bytes_hold_keys_and_values_to_a_hundredth():
     q, k, v = rows(12, dtype=torch.float32)
     exact = roll(store(1, 6), q, k, v, [2] * 6)

@@ -18,7 +18,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from accel.kernels import column_mass, listed_tiles
+
 ARCHITECTURES = (80, 86, 89, 90, 120)
+TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 120: "HMMA"}
+NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 
 
@@ -56,7 +62,43 @@ def _relative_l1(dtype: str, long: bool = False) -> Case:
     return Case("relative_l1_triton:partial_sums", types, constants, loose, warps=8, wide_loads=2, long=long)
 
 
+def _column_mass(function: str, dtype: str, group: int = 1, dim: int = 128, long: bool = False) -> Case:
+    strides = ("q_batch", "q_head", "q_token", "k_batch", "k_head", "k_token")
+    types = {"q": POINTERS[dtype], "k": POINTERS[dtype], "totals": "*fp32", "mass": "*fp32"} | dict.fromkeys(
+        (*strides, "queries", "keys", "heads"), "i32"
+    )
+    types = {name: type for name, type in types.items() if name != "mass" or function == "column_sums"}
+    constants, launch = column_mass.built(getattr(torch, NAMES[dtype]), group, dim)
+    loose = ("queries", "keys", "heads")
+    return Case(
+        f"column_mass_triton:{function}", types | {"scale": "fp32"}, constants, loose, launch["num_warps"],
+        launch["num_stages"], uses=TENSOR_CORES if dtype != "fp32" else dict.fromkeys(ARCHITECTURES, "HMMA"), long=long,
+    )  # fmt: skip
+
+
+def _listed_tiles(dtype: str, ordered: bool, biased: bool, dim: int = 128, long: bool = False) -> Case:
+    sides = [f"{name}_{axis}" for name in ("q", "k", "v", "out") for axis in ("batch", "token", "head")]
+    lists = ("tiles_batch", "tiles_head", "tiles_row", "order_batch", "order_head", "bias_head")
+    numbers = ("queries", "keys", "heads", "kept")
+    types = dict.fromkeys(("q", "k", "v", "out"), POINTERS[dtype]) | {"tiles": "*i64", "order": "*i64", "bias": "*fp32"}
+    types |= dict.fromkeys((*sides, *lists, *numbers), "i32") | {"scale": "fp32"}
+    constants, launch = listed_tiles.built(getattr(torch, NAMES[dtype]), 256, 64, dim, ordered, biased)
+    return Case(
+        "listed_tiles_triton:attend", types, constants, (*lists, *numbers), launch["num_warps"], launch["num_stages"],
+        uses=TENSOR_CORES if dtype != "fp32" else dict.fromkeys(ARCHITECTURES, "HMMA"), long=long,
+    )  # fmt: skip
+
+
 CASES = {
+    "listed tiles bf16": _listed_tiles("bf16", True, True),
+    "listed tiles fp16, plain": _listed_tiles("fp16", False, False),
+    "listed tiles fp32": _listed_tiles("fp32", True, True, dim=64, long=True),
+    "row totals bf16": _column_mass("row_totals", "bf16"),
+    "column sums bf16": _column_mass("column_sums", "bf16"),
+    "column sums bf16, groups of 4": _column_mass("column_sums", "bf16", 4),
+    "row totals fp16, groups of 4": _column_mass("row_totals", "fp16", 4),
+    "row totals fp32": _column_mass("row_totals", "fp32", dim=64, long=True),
+    "column sums fp32": _column_mass("column_sums", "fp32", dim=64, long=True),
     "relative L1 bf16": _relative_l1("bf16"),
     "relative L1 fp32": _relative_l1("fp32", long=True),
     "relative L1 fp16": _relative_l1("fp16", long=True),
@@ -125,7 +167,7 @@ def compile_case(name: str, architecture: int) -> Built:
         architecture,
         *(int(resources[key]) for key in ("REG", "STACK", "LOCAL")),
         made.metadata.shared,
-        *(len(re.findall(word, code)) for word in (r"\b(?:LDL|STL)\b", r"\bLDG\.E\S*\.128", r"\bSTG\.E\S*\.128")),
+        *(len(re.findall(word, code)) for word in (r"\b(?:LDL|STL)\b", r"\bLDG(?:STS)?\.E\S*\.128", r"\bSTG\.E\S*\.128")),
         case.uses.get(architecture, "") in code,
     )
 

@@ -5,6 +5,9 @@ block's keys and values and attends over what is stored; only a commit makes the
 leaves the bookkeeping exactly as the forward would have. One store serves one CFG branch. A layer has one ring, or two
 where its heads are grouped (``grouping``).
 
+No layer reads from the device. Where a rule's outcome decides how many tokens a layer keeps (``EarlyMiddle``), all
+layers make room before the block's first forward, and their numbers come in one read a block.
+
 Positions: the model is told where a block starts (``begin``), a small number however long the video is: once it passes
 ``LONGEST_POSITION``, what is stored is turned back by as much as the video has moved on. The ring is shorter than the
 distance between two such turns, so a latent frame lives through one at most.
@@ -13,7 +16,7 @@ distance between two such turns, so a latent frame lives through one at most.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -23,7 +26,7 @@ from .grouping import HeadGrouping
 from .ring import Layout, Ring
 from .rotary import TimeRotary
 from .slots import PlainSlots, Slots
-from .tokens import Middle
+from .tokens import EarlyMiddle, Middle
 
 LONGEST_POSITION = 240
 """Latent frames; bfloat16 counts to 256, and that is what some models compute their rotations in."""
@@ -59,8 +62,9 @@ class BoundedStore:
         self._rings: list[Ring | None] = [None] * layers
         self._near: dict[int, Ring] = {}  # of layers with two rings, the near heads'
         self._saved: dict[str, tuple[Mapping[str, Tensor], Mapping[str, int]]] = {}
+        self._owed = 0  # positions that what is saved has yet to be turned back by
         self._rotary, self._attention, self._middle, self._make = rotary, attention, middle, make
-        self._grouping = grouping
+        self._grouping, self._early = grouping, isinstance(middle, EarlyMiddle)
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +114,8 @@ class BoundedStore:
             moved = first + frames - self.layout.span - self._base
             for ring in self._present().values():
                 ring.shift(self.frames, moved)
-            self._base += moved
+            self._base, self._owed = self._base + moved, self._owed + moved if self._saved else 0
+        self._open_early(range(len(self._rings)))
         return first - self._base
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -163,7 +168,7 @@ class BoundedStore:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes over, before the first forward, what ``state`` of a store with the same layout gave; host tensors will
-        do: each layer takes its own at its first forward."""
+        do: the first forward of a layer hands each its own."""
         told = json.loads(bytes(state["numbers"].cpu().tolist()))
         self.frames, self._base = int(told["frames"]), int(told["base"])
         self._saved = {
@@ -180,15 +185,31 @@ class BoundedStore:
             self._middle.load(own)
 
     def _ring(self, layer: int, like: Tensor) -> Ring:
-        """The layer's, made at its first forward."""
+        """The layer's, made at its first forward; after ``load`` all are, so that they can make room together."""
         if self._rings[layer] is None:
-            self._rings[layer] = Ring(self.layout, like, self._make, self._rotary, self._middle)
-            if self._grouping is not None and self._grouping.groups is not None:
-                self._divide(layer)
-            for name, ring in ((str(layer), self._rings[layer]), (f"{layer} near", self._near.get(layer))):
-                if name in self._saved:
-                    ring.load(*self._saved.pop(name))
+            made = {layer, *(int(name.split()[0]) for name in self._saved)}
+            for one in sorted(made):
+                self._make_ring(one, like)
+            self._open_early(made)
         return self._rings[layer]
+
+    def _make_ring(self, layer: int, like: Tensor) -> None:
+        """The layer's ring or rings, as new or as they were saved."""
+        self._rings[layer] = Ring(self.layout, like, self._make, self._rotary, self._middle)
+        if self._grouping is not None and self._grouping.groups is not None:
+            self._divide(layer)
+        for name, ring in ((str(layer), self._rings[layer]), (f"{layer} near", self._near.get(layer))):
+            if name in self._saved:
+                ring.load(*self._saved.pop(name))
+                if self._owed:
+                    ring.shift(self.frames, self._owed)
+
+    def _open_early(self, layers: Iterable[int]) -> None:
+        """Makes room for the block in those of ``layers`` that have a ring, if the rule asks no queries."""
+        if self._early:
+            for layer in layers:
+                if self._rings[layer] is not None:
+                    self._rings[layer].open(layer, *self._block, self._base, None)
 
     def _divide(self, layer: int) -> None:
         """Gives the groups of a layer's heads a ring each."""
@@ -199,7 +220,7 @@ class BoundedStore:
     def _read(self, place: int, ring: Ring, queries: Tensor, keys: Tensor, values: Tensor, fresh: bool) -> Tensor:
         """Attention of the heads of one ring; ``place`` tells it from all others."""
         first, frames = self._block
-        if fresh:
+        if fresh and not self._early:
             ring.open(place, first, frames, self._base, queries)
         ring.write(first, keys, values)
         stored_keys, stored_values, bias = ring.read(first + frames)

@@ -16,6 +16,7 @@ from .budget import IMPORTANCE, MERGE, KVBudgetConfig, StoreShape, plan
 from .grouping import HeadGrouping
 from .head_groups import HeadGroupsConfig
 from .importance_redundancy import ImportanceRedundancy, ImportanceRedundancyConfig
+from .late import LateCounts
 from .ring import Layout
 from .slots import ByteSlots, Fetching, PlainSlots, Scratch, Slots, SplitSlots
 from .temporal_merge import TemporalMerge, TemporalMergeConfig
@@ -44,10 +45,10 @@ def make_memory(
     return KVMemory(config, shape, branches, block, frames, attention)
 
 
-def _rule(config: KVBudgetConfig, shape: StoreShape, layout: Layout) -> Middle | None:
-    """What is kept between sink and recent frames, for one branch."""
+def _rule(config: KVBudgetConfig, shape: StoreShape, layout: Layout, late: LateCounts) -> Middle | None:
+    """What is kept between sink and recent frames, for one branch; ``late`` is of all."""
     if config.keep == MERGE:
-        return TemporalMerge(TemporalMergeConfig(), *shape.grid)
+        return TemporalMerge(TemporalMergeConfig(), *shape.grid, late)
     if config.keep == IMPORTANCE:
         return ImportanceRedundancy(ImportanceRedundancyConfig(), shape.tokens, shape.logits(layout))
     return None
@@ -82,13 +83,13 @@ class KVMemory:
     ) -> None:  # fmt: skip
         self.config, self.shape, self.layout = config, shape, plan(config, shape, branches, block, frames)
         self.planned_bytes = branches * shape.bytes(self.layout, config)
-        self._scratch = Fetching() if config.offload else Scratch()
+        self._scratch, self._late = Fetching() if config.offload else Scratch(), LateCounts()
         attentions = [attention() for _ in range(branches)]
         self._sparse = [one for one in attentions if isinstance(one, AnnAttention)]
         self._unread = 0
         self.stores = [
             BoundedStore(
-                shape.layers, self.layout, shape.rotary, one, _rule(config, shape, self.layout), self._make,
+                shape.layers, self.layout, shape.rotary, one, _rule(config, shape, self.layout, self._late), self._make,
                 _grouping(config, shape, self.layout, block),
             )
             for one in attentions
@@ -106,9 +107,11 @@ class KVMemory:
         return sum(store.keys for store in self.stores) / len(self.stores)
 
     def begin(self, first: int, frames: int) -> int:
-        """As ``BoundedStore.begin``, for all branches."""
+        """As ``BoundedStore.begin``, for all branches; what their layers kept is sent for together."""
         self._unread = self._saved()
-        return [store.begin(first, frames) for store in self.stores][0]
+        positions = [store.begin(first, frames) for store in self.stores]
+        self._late.send()
+        return positions[0]
 
     @property
     def unread_flops(self) -> int:

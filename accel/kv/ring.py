@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from .frozen import runs
+from .late import LateCount
 from .rotary import TimeRotary
 from .slots import Slots
-from .tokens import Middle, Tokens
+from .tokens import EarlyMiddle, Middle, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +106,15 @@ class Ring:
         self._frames = torch.zeros((layout.middle, heads), dtype=torch.int32, device=like.device)
         self._counts = torch.ones(layout.middle, device=like.device)
         self._bias = torch.zeros(layout.places, device=like.device) if layout.middle else None
-        self.kept = 0  # tokens of the middle
+        self._kept: int | LateCount = 0
         self._weighted = self._per_head = False
         self._since = 0  # oldest latent frame behind the sink that the ring still has
         self._stands = (0, 0)  # base and edge that sink and middle are turned for
+
+    @property
+    def kept(self) -> int:
+        """Tokens of the middle; waits for the device if its rule has only just said how many."""
+        return int(self._kept)
 
     @property
     def nbytes(self) -> int:
@@ -128,17 +134,22 @@ class Ring:
             ring._plain.copy_(self._plain[:, : ring._plain.shape[1], heads])
         return ring
 
-    def open(self, layer: int, first: int, frames: int, base: int, queries: Tensor) -> None:
+    def open(self, layer: int, first: int, frames: int, base: int, queries: Tensor | None) -> None:
         """Makes room for the block ``[first, first + frames)``: what lies far is turned to where it stands now, what is
         pushed out goes through the rule of the middle.
 
         Args:
-            base: latent frame at position 0. queries: of the block, rotated, ``[B, n, heads, head_dim]``.
+            base: latent frame at position 0. queries: of the block, rotated, ``[B, n, heads, head_dim]``; None where
+                the rule is an ``EarlyMiddle``.
         """
         gone = [frame for frame in self.layout.pushed_out(first, frames) if frame >= self._since]
         self._turn_far(first, first + frames - 1, base)
         if gone and self._rule is not None and self.layout.middle:
-            self._keep(self._rule.absorb(layer, self._middle(), self._leaving(gone, base), queries, self.layout.middle))
+            kept, leaving, capacity = self._middle(), self._leaving(gone, base), self.layout.middle
+            if isinstance(self._rule, EarlyMiddle):
+                self._keep(self._rule.merge(layer, kept, leaving, capacity))
+            else:
+                self._keep(self._rule.absorb(layer, kept, leaving, queries, capacity))
 
     def write(self, first: int, keys: Tensor, values: Tensor) -> None:
         """Puts a block's latent frames from ``first`` on at their places."""
@@ -192,7 +203,7 @@ class Ring:
         oldest = max(layout.sink, frames - layout.ring + block)
         for frame in (*range(min(frames, layout.sink)), *range(oldest, frames)):
             keep.append((old.slot(frame) * tokens, layout.slot(frame) * tokens, tokens))
-        self.kept = min(self.kept, layout.middle)
+        self._kept = min(self.kept, layout.middle)
         keep.append((old.whole_frames * tokens, layout.whole_frames * tokens, self.kept))
         for source, target, count in keep:
             slots.write(target, *self.slots.part(source, source + count))
@@ -219,7 +230,7 @@ class Ring:
         """Puts back what ``tensors`` and ``numbers`` gave."""
         for key, value in self.tensors().items():
             value.copy_(tensors[key])
-        self.kept, self._weighted = int(numbers["kept"]), bool(numbers["weighted"])
+        self._kept, self._weighted = int(numbers["kept"]), bool(numbers["weighted"])
         self._per_head, self._since = bool(numbers["per_head"]), int(numbers["since"])
         self._stands = (int(numbers["base"]), int(numbers["edge"]))
 
@@ -262,7 +273,7 @@ class Ring:
         tokens = self.layout.tokens
         parts = [self.slots.part(self.layout.slot(f) * tokens, (self.layout.slot(f) + 1) * tokens) for f in frames]
         keys, values = (torch.cat(side, 1) for side in zip(*parts, strict=True))
-        stand = torch.tensor(frames, device=keys.device).repeat_interleave(tokens)
+        stand = torch.arange(frames[0], frames[-1] + 1, device=keys.device).repeat_interleave(tokens)
         plain = None
         if self._plain is not None:
             plain = self._rotary.turn(keys[..., : self._rotary.channels], base - torch.tensor(frames))
@@ -281,4 +292,4 @@ class Ring:
         if self._weighted:
             self._counts[:count] = middle.counts
             self._bias[start : start + count] = middle.counts.log()
-        self.kept = count
+        self._kept = count if middle.live is None else middle.live

@@ -73,4 +73,4 @@ def _cos_sin(channels: int, theta: float, positions: Tensor) -> tuple[Tensor, Te
 def _few(channels: int, theta: float, positions: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """``_cos_sin`` of a few positions known on the host: made once for all layers."""
     cos, sin = _cos_sin(channels, theta, torch.tensor(positions))
-    return cos.to(device), sin.to(device)
+    return cos.to(device, non_blocking=True), sin.to(device, non_blocking=True)

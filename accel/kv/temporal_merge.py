@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tokens import Tokens, joined
+from .late import LateCount, LateCounts
+from .tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +69,33 @@ class TemporalMerge:
     ``count / (1 + age)`` first, with ``age`` in latent frames behind the one just absorbed, and equal ones in order.
 
     One object serves one store (one CFG branch): it remembers, layer by layer, which token stands for which place of
-    the last frame. An empty middle starts a layer anew, and one of another length than it left matches nothing. How
-    many tokens come out depends on the data, so a frame costs each layer one read from the device, two where the
-    threshold falls.
+    the last frame. An empty middle starts a layer anew, and one of another length than it left matches nothing.
+
+    How many tokens come out depends on the data. Nothing but that number is read from the device: every frame is merged
+    in tensors as long as the middle can get, so a store that calls ``merge`` for all its layers, and whose branches
+    share ``late``, costs one read a block.
 
     Args:
-        config: when tokens merge. height, width: tokens of a latent frame.
+        config: when tokens merge. height, width: tokens of a latent frame. late: where lengths come out.
     """
 
-    def __init__(self, config: TemporalMergeConfig, height: int, width: int) -> None:
+    def __init__(self, config: TemporalMergeConfig, height: int, width: int, late: LateCounts | None = None) -> None:
         if min(height, width) < 1:
             raise ValueError(f"Temporal merge: a grid of {height} x {width} tokens must be 1 x 1 or more.")
-        self.config, self.height, self.width = config, height, width
+        self.config, self.height, self.width, self.late = config, height, width, late or LateCounts()
         self._places: dict[int, Tensor] = {}
-        self._lengths: dict[int, int] = {}
+        self._lengths: dict[int, int | LateCount] = {}
 
     def absorb(self, layer: int, kept: Tokens | None, gone: Tokens, queries: Tensor, capacity: int) -> Tokens:
-        """As ``Middle.absorb``; ``queries`` have no say.
+        """As ``Middle.absorb``; ``queries`` have no say. ``merge``, and the read that tells how many came out.
+
+        Raises:
+            ValueError: as ``merge``.
+        """
+        return self.merge(layer, kept, gone, capacity).there()
+
+    def merge(self, layer: int, kept: Tokens | None, gone: Tokens, capacity: int) -> Tokens:
+        """As ``EarlyMiddle.merge``.
 
         Raises:
             ValueError: ``gone`` are not whole latent frames of the grid, or have counts or frames per head.
@@ -95,21 +106,24 @@ class TemporalMerge:
                 f"Temporal merge: {len(gone)} tokens must be whole latent frames of {self.height} x {self.width}, "
                 f"as they leave the ring."
             )
-        if kept is None or self._lengths.get(layer) != len(kept):
+        most = 0 if kept is None else len(kept)
+        if kept is None or int(self._lengths.get(layer, -1)) != most:
             self._places[layer] = torch.full((size,), -1, device=device)
-        middle = _part(gone, slice(0, 0)) if kept is None else kept
-        if middle.counts is None:
-            middle = replace(middle, counts=torch.ones(len(middle), device=device))
+        middle, places = _roomy(kept, gone, min(most + len(gone), capacity + size)), self._places[layer].to(device)
+        live = torch.full((), most, device=device)
         for start in range(0, len(gone), size):
-            frame = _part(gone, slice(start, start + size))
-            middle, places = self._merge(middle, frame, self._places[layer].to(device), capacity)
-            middle, self._places[layer] = _evict(middle, places, frame.frames[0], capacity)
-        self._lengths[layer] = len(middle)
-        return middle
+            frame, most = gone.part(slice(start, start + size)), most + size
+            places, live = self._merge(middle, frame, places, live, capacity if most > capacity else None)
+            if most > capacity:
+                middle, places, live = _evict(middle, places, frame.frames[0], live, capacity)
+                most = capacity
+        self._places[layer] = places
+        self._lengths[layer] = self.late.add(live)
+        return replace(middle.part(slice(0, most)), live=self._lengths[layer])
 
     def state(self) -> dict[str, Tensor]:
         """What it remembers, int64 on the CPU, for ``load``: a run resumed with it goes on bit by bit."""
-        lengths = {f"length.{layer}": torch.tensor(length) for layer, length in self._lengths.items()}
+        lengths = {f"length.{layer}": torch.tensor(int(length)) for layer, length in self._lengths.items()}
         return {f"places.{layer}": places.cpu().clone() for layer, places in self._places.items()} | lengths
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -118,35 +132,28 @@ class TemporalMerge:
         self._places = {int(layer): tensor.clone() for name, layer, tensor in told if name == "places"}
         self._lengths = {int(layer): int(tensor) for name, layer, tensor in told if name == "length"}
 
-    def _merge(self, middle: Tokens, frame: Tokens, places: Tensor, capacity: int) -> tuple[Tokens, Tensor]:
-        """The middle with one more latent frame, however long, and who stands for each place of it."""
-        size, length = len(frame), len(middle)
+    def _merge(
+        self, middle: Tokens, frame: Tokens, places: Tensor, live: Tensor, capacity: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Takes one more latent frame into ``middle``, in place, behind its ``live`` tokens; who stands for each place
+        of it then, and how many there are then. ``capacity``: None where there is room for all."""
         similarity, candidates = self._correspondence(middle, frame, places)
         partner = assign(similarity, candidates, self.config.threshold)
-        apart = int((partner < 0).sum())
-        if length + apart > capacity:
-            partner = assign(similarity, candidates, self.config.floor)
-            apart = int((partner < 0).sum())
-        order = (partner < 0).to(torch.int8).argsort(stable=True)
-        joining, new = order[: size - apart], order[size - apart :]
-        into = places[partner[joining]]
-        merged = joined([middle, _part(frame, new)])
-        self._average(merged, into, _part(frame, joining))
-        now = torch.empty_like(places)
-        now[joining], now[new] = into, torch.arange(length, length + apart, device=places.device)
-        return merged, now
-
-    def _average(self, middle: Tokens, into: Tensor, newest: Tokens) -> None:
-        """Lets ``newest`` join the tokens ``into`` of ``middle``, in place."""
-        counts = middle.counts[into]
+        if capacity is not None:
+            closer = assign(similarity, candidates, self.config.floor)
+            partner = torch.where(live + (partner < 0).sum() > capacity, closer, partner)
+        apart = partner < 0
+        into = torch.where(apart, live + apart.cumsum(0) - 1, places[partner.clamp(min=0)])
+        counts = torch.where(apart, 0.0, middle.counts[into])
         n = counts[:, None, None]
-        mean = (n * middle.values[:, into] + newest.values) / (n + 1.0)
-        middle.values[:, into] = mean.to(middle.values.dtype)
-        middle.keys[:, into] = newest.keys
-        middle.frames[into] = newest.frames
+        mean = ((n * middle.values[:, into] + frame.values) / (n + 1.0)).to(middle.values.dtype)
+        middle.values[:, into] = torch.where(apart[:, None, None], frame.values, mean)
+        middle.keys[:, into] = frame.keys
+        middle.frames[into] = frame.frames
         middle.counts[into] = (counts + 1.0).clamp(max=self.config.most)
         if middle.plain is not None:
-            middle.plain[:, into] = newest.plain
+            middle.plain[:, into] = frame.plain
+        return into, live + apart.sum()
 
     def _correspondence(self, middle: Tokens, frame: Tokens, places: Tensor) -> tuple[Tensor, Tensor]:
         """Similarity of each token to its candidates ``[candidates, n]``, and their places on the grid.
@@ -157,7 +164,7 @@ class TemporalMerge:
         spots = torch.arange(size, device=places.device).view(height, width)
         spots = F.pad(torch.where(places.view(height, width) < 0, size, spots), (reach,) * 4, value=size)
         new = _unit(frame.keys).unflatten(1, (height, width))
-        old = _unit(middle.keys[:, places.clamp(min=0)]) if len(middle) else torch.zeros_like(frame.keys)
+        old = _unit(middle.keys[:, places.clamp(min=0)])
         old = F.pad(old.unflatten(1, (height, width)), (0, 0, 0, 0, *(reach,) * 4))
         offsets = sorted(product(range(2 * reach + 1), repeat=2), key=lambda offset: offset != (reach, reach))
         similarity, candidates = [], []
@@ -200,26 +207,34 @@ def assign(similarity: Tensor, candidates: Tensor, threshold: float, rounds: int
     return partner
 
 
-def _evict(middle: Tokens, places: Tensor, newest: Tensor, capacity: int) -> tuple[Tokens, Tensor]:
-    """The ``capacity`` tokens worth most at the time ``newest``, in order, and who stands for each place then."""
-    excess = len(middle) - capacity
-    if excess <= 0:
-        return middle, places
+def _roomy(kept: Tokens | None, like: Tokens, rows: int) -> Tokens:
+    """A copy of the middle with room for ``rows`` tokens."""
+    kept = like.part(slice(0, 0)) if kept is None else kept
+    room = rows - len(kept)
+    if kept.counts is None:
+        kept = replace(kept, counts=torch.ones(len(kept), device=like.keys.device))
+
+    def longer(x: Tensor, axis: int) -> Tensor:
+        return torch.cat([x, x.new_zeros((*x.shape[:axis], room, *x.shape[axis + 1 :]))], axis)
+
+    plain = None if kept.plain is None else longer(kept.plain, 1)
+    return Tokens(longer(kept.keys, 1), longer(kept.values, 1), longer(kept.frames, 0), plain, longer(kept.counts, 0))
+
+
+def _evict(
+    middle: Tokens, places: Tensor, newest: Tensor, live: Tensor, capacity: int
+) -> tuple[Tokens, Tensor, Tensor]:
+    """The ``capacity`` tokens worth most at the time ``newest`` first, in order, who stands for each place then, and
+    how many there are. Rows without a token are worth less than any with one."""
+    rows = torch.arange(len(middle), device=places.device)
     worth = middle.counts / (1.0 + (newest - middle.frames).clamp(min=0))
-    stay = worth.argsort(stable=True)[excess:].sort().values
-    moved = torch.full((len(middle),), -1, device=places.device)
-    moved[stay] = torch.arange(len(stay), device=places.device)
-    return _part(middle, stay), moved[places]
+    order = torch.where(rows < live, worth, -math.inf).argsort(stable=True)
+    excess = len(middle) - capacity
+    stay = order[excess:].sort().values
+    moved = torch.full_like(rows, -1)
+    moved[stay] = rows[:capacity]
+    return middle.part(torch.cat([stay, order[:excess]])), moved[places], live.clamp(max=capacity)
 
 
 def _unit(keys: Tensor) -> Tensor:
     return F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
-
-
-def _part(tokens: Tokens, index: slice | Tensor) -> Tokens:
-    """Some of the tokens."""
-    return Tokens(
-        tokens.keys[:, index], tokens.values[:, index], tokens.frames[index],
-        None if tokens.plain is None else tokens.plain[:, index],
-        None if tokens.counts is None else tokens.counts[index],
-    )  # fmt: skip

@@ -7,10 +7,12 @@ those in between, layer by layer, when they leave the ring.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from .late import LateCount, LateCounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class Tokens:
             keys have no time channels. Whoever picks or replaces a key does the same to its plain channels.
         counts: how many tokens each one stands for, float32 ``[n]``; None where each is itself. An attention over them
             adds ``ln counts`` to the logits.
+        live: how many of the first of them there are, the rest being room; None: all.
     """
 
     keys: Tensor
@@ -34,9 +37,22 @@ class Tokens:
     frames: Tensor
     plain: Tensor | None = None
     counts: Tensor | None = None
+    live: LateCount | None = None
 
     def __len__(self) -> int:
         return self.keys.shape[1]
+
+    def part(self, index: slice | Tensor) -> Tokens:
+        """Some of them, all of which there are."""
+        return Tokens(
+            self.keys[:, index], self.values[:, index], self.frames[index],
+            None if self.plain is None else self.plain[:, index],
+            None if self.counts is None else self.counts[index],
+        )  # fmt: skip
+
+    def there(self) -> Tokens:
+        """Those there are; asks for ``live``."""
+        return self if self.live is None else self.part(slice(0, int(self.live)))
 
 
 def joined(parts: list[Tokens]) -> Tokens:
@@ -71,4 +87,16 @@ class Middle(Protocol):
         Returns:
             At most ``capacity`` tokens; nothing given is changed.
         """
+        ...
+
+
+@runtime_checkable
+class EarlyMiddle(Middle, Protocol):
+    """A ``Middle`` that asks no queries, so that a store can call it for every layer before a block's first forward,
+    and learn how many tokens came out in all of them with one read from the device."""
+
+    late: LateCounts
+
+    def merge(self, layer: int, kept: Tokens | None, gone: Tokens, capacity: int) -> Tokens:
+        """``absorb`` without reading from the device: at most ``capacity`` rows, of which ``live`` are there."""
         ...
