@@ -199,11 +199,12 @@ def test_full_size_forwards_cost_what_is_counted(counting):
 
 
 def test_caching_and_prediction_take_less_than_80_mb_at_full_size(counting):
-    bench = counting(replace(WHOLE, shape=replace(WHOLE.shape, layers=1), steps=3))
+    bench = counting(replace(WHOLE, shape=replace(WHOLE.shape, layers=1)))
     told = {}
     memory(bench, told)
-    ring = 3 * 25 * 16 * 68 * 120 * 4
-    assert ring / 1e6 <= told["figures"]["extra_peak_mb"] < 80
+    window = 25 * 16 * 68 * 120
+    stored, wider = 3 * window * 4, window * (4 - 2)  # velocities; the last answer, predicted instead of computed
+    assert told["figures"]["extra_peak_mb"] == (stored + wider) / 1e6 < 80
 
 
 @torch.inference_mode()
