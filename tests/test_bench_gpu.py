@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ import bench.gpu as command
 from accel.call import Decision
 from bench.fullsize import ACTIVE, FULL
 from bench.gpu_causal import Rolling, causal, realised
-from bench.gpu_clock import Pace, ProcessClock, Times, in_turn, peak_bytes, syncs
+from bench.gpu_clock import EventClock, Pace, ProcessClock, Times, in_turn, peak_bytes, syncs
 from bench.gpu_extent import TOY, WHOLE, Bench
 from bench.gpu_forwards import composed, distinct, forced_list, summed, timed_forwards
 from bench.gpu_kernels import TABLE, figures, measured
@@ -303,3 +304,69 @@ def test_without_a_gpu_the_command_says_what_to_do(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command.main()
     assert "--toy" in capsys.readouterr().err
+
+
+class FakeCuda:
+    """What ``EventClock`` and the counters ask of ``torch.cuda``; time passes with every event and product."""
+
+    def __init__(self, monkeypatch):
+        self.told, self.now = [], 0.0
+        outer = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                outer.told.append("event")
+                self.at = outer.now
+
+            def synchronize(self):
+                outer.told.append("wait")
+
+            def elapsed_time(self, other):
+                return 1e3 * (other.at - self.at)
+
+        monkeypatch.setattr("torch.cuda.Event", Event)
+        monkeypatch.setattr("torch.cuda.synchronize", lambda device=None: self.told.append("still"))
+        monkeypatch.setattr("torch.mm", lambda *args, **options: self.told.append("product"))
+        monkeypatch.setattr("bench.gpu_clock.LOAD", (4, 2))
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+
+    def work(self):
+        self.told.append("work")
+        self.now += 0.25
+
+
+def test_events_stand_around_the_work_and_behind_the_load(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    clock = EventClock(CPU)
+    assert clock.device(cuda.work) == clock.queued(cuda.work) == clock.wall(cuda.work) == 0.25
+    around = ["event", "work", "event", "wait"]
+    assert cuda.told == ["still", *around, "still", "product", "product", *around, "still", "work", "still"]
+
+
+def test_waits_for_the_device_are_counted_from_its_warnings(monkeypatch):
+    modes = []
+    monkeypatch.setattr("torch.cuda.set_sync_debug_mode", modes.append)
+
+    def work():
+        for text in (
+            "called a synchronizing CUDA operation",
+            "something else",
+            "called a synchronizing CUDA operation",
+        ):
+            warnings.warn(text, stacklevel=1)
+
+    assert syncs(torch.device("cuda"), work) == 2
+    assert modes == ["warn", "default"]
+
+
+def test_a_peak_on_a_device_is_what_comes_on_top(monkeypatch):
+    told = []
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda device=None, name=name: told.append(name))
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 100)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 350)
+    assert peak_bytes(torch.device("cuda"), lambda: told.append("work")) == 250
+    assert told == ["synchronize", "empty_cache", "reset_peak_memory_stats", "work", "synchronize"]
