@@ -167,7 +167,10 @@ def compile_case(name: str, architecture: int) -> Built:
         architecture,
         *(int(resources[key]) for key in ("REG", "STACK", "LOCAL")),
         made.metadata.shared,
-        *(len(re.findall(word, code)) for word in (r"\b(?:LDL|STL)\b", r"\bLDG(?:STS)?\.E\S*\.128", r"\bSTG\.E\S*\.128")),
+        *(
+            len(re.findall(word, code))
+            for word in (r"\b(?:LDL|STL)\b", r"\bLDG(?:STS)?\.E\S*\.128", r"\bSTG\.E\S*\.128")
+        ),
         case.uses.get(architecture, "") in code,
     )
 

@@ -1,13 +1,15 @@
 """Attention in which every tile of queries reads a list of key tiles of its own.
 
 Key tile t of a head is its keys ``[t * tile, (t + 1) * tile)``, or those at these places of ``order``; the last one may
-be shorter. The result is exactly dense attention over the listed keys. Two implementations:
+be shorter. The result is exactly dense attention over the listed keys. Three implementations:
 
 - ``gathered_tiles``, plain torch on any device: copies the listed keys and values of a few query tiles at a time into
   scratch of at most ``SCRATCH`` bytes (or what one query tile lists, if more) and calls fused attention on them.
 - ``flex_tiles``: FlexAttention, which reads the tiles in place; ``supports`` says where it is taken. Its first call on
   a new kind of shape compiles for 10 to 20 s, so on a CPU it has to be asked for. With an ``order`` it needs the keys
   and values reordered in a copy; the store itself is never reordered.
+- ``kernels.listed_tiles``, a Triton kernel that looks every key's place up as it reads it: taken on CUDA devices where
+  FlexAttention is not, or would copy for an ``order``, and few enough tiles are listed.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import listed_tiles
+from ..kernels.choose import Kernel, Verdict
 from .dense import mask_dtype, per_head
 
 SCRATCH = 1 << 26
-BACKENDS = ("auto", "gather", "flex")
+BACKENDS = ("auto", "gather", "flex", "triton")
 
 
 def attend_tiles(
@@ -52,26 +56,28 @@ def attend_tiles(
         order: int64 ``[B or 1, heads or 1, keys]``, the permutation in which keys fill the tiles; None: as they stand.
         query_tile: tokens of a query tile; None: as many as a key tile has. Gathered keys are copied once per query
             tile, so larger ones copy less.
-        backend: ``gather``, ``flex``, or ``auto`` (flex where ``supports`` says so).
+        backend: ``gather``, ``flex``, ``triton``, or ``auto`` (see above).
 
     Returns:
         ``[B, queries, heads, head_dim]``.
 
     Raises:
-        ValueError: tiles of another shape, an unknown backend, or flex where it cannot run.
+        ValueError: tiles of another shape, an unknown backend, or flex or triton where they cannot run.
     """
     query_tile = query_tile or tile
     tiles, order = _checked(q, k, tiles, query_tile, order)
     bias = None if bias is None else per_head(bias, k)
     if backend not in BACKENDS:
         raise ValueError(f"attend_tiles: backend is {backend!r}; use one of {', '.join(BACKENDS)}.")
-    ok, reason = (
-        (False, "") if backend == "gather" else supports(q.device, q.dtype, q.shape[-1], math.gcd(tile, query_tile))
-    )
-    if backend == "flex" and not ok and q.device.type != "cpu":
+    given = (q, k, v, tiles, (query_tile, tile), bias, order)
+    if backend == "gather":
+        return gathered_tiles(*given)
+    if backend in ("auto", "triton"):
+        return listed_kernel(*given, backend=backend)
+    ok, reason = _flex_supports(*given)
+    if not ok and q.device.type != "cpu":
         raise ValueError(f"attend_tiles: FlexAttention cannot run: {reason}; use backend 'gather' or 'auto'.")
-    run = flex_tiles if ok or backend == "flex" else gathered_tiles
-    return run(q, k, v, tiles, (query_tile, tile), bias, order)
+    return flex_tiles(*given)
 
 
 def _checked(
@@ -202,6 +208,31 @@ def _compiled():
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)
+
+
+def _flex_supports(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, sizes: tuple[int, int], bias: Tensor | None, order: Tensor | None
+) -> Verdict:
+    """``supports`` of what ``gathered_tiles`` takes."""
+    return supports(q.device, q.dtype, q.shape[-1], math.gcd(*sizes))
+
+
+def torch_tiles(*given) -> Tensor:
+    """FlexAttention where it is taken, else the gather form; arguments as for ``gathered_tiles``."""
+    return (flex_tiles if _flex_supports(*given)[0] else gathered_tiles)(*given)
+
+
+def kernel_supports(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, sizes: tuple[int, int], bias: Tensor | None, order: Tensor | None
+) -> Verdict:
+    """Whether the Triton kernel is taken, and if not, why."""
+    ok, reason = listed_tiles.pays(tiles, sizes[1], k.shape[1])
+    if ok and order is None and _flex_supports(q, k, v, tiles, sizes, bias, order)[0]:
+        ok, reason = False, "FlexAttention reads keys in place"
+    return listed_tiles.supports(q, k, v, tiles, sizes, bias, order) if ok else (ok, reason)
+
+
+listed_kernel = Kernel("block-sparse attention", torch_tiles, listed_tiles.triton_form, kernel_supports)
 
 
 def supports(device: torch.device | str, dtype: torch.dtype, head_dim: int = 128, tile: int = 64) -> tuple[bool, str]:

@@ -1,8 +1,8 @@
 """Attention that each key gets, in two passes over the queries and keys and without the matrix of the two.
 
 The first pass finds the logarithm of each query's softmax normaliser, the second the sums of the columns. The torch
-form is ``accel.kv.importance_redundancy.tiled_mass``, which holds a tile of logits at a time; here no logit ever leaves
-the registers.
+forms are ``accel.kv.importance_redundancy.tiled_mass`` and ``tiled_logsumexp``, which hold a tile of logits at a time;
+here no logit ever leaves the registers.
 """
 
 from __future__ import annotations

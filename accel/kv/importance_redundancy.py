@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import column_mass as kernels
+from ..kernels.choose import Kernel
 from .tokens import Tokens, joined
 
 TILE = 1 << 24
@@ -144,8 +146,7 @@ def column_mass(q: Tensor, k: Tensor, tile: int = TILE) -> Tensor:
     """Attention each key gets, as the mean over queries of ``softmax(q k / sqrt(dim))`` over these keys.
 
     Two passes, the first for the normaliser of each query, the second for the sums of the columns, so that no matrix of
-    queries by tokens exists: beside its result the function needs, in float32, at most about twice ``tile`` logits and
-    a tile's queries and keys (together about 256 MiB), whatever the numbers of queries and tokens.
+    queries by tokens exists. On CUDA devices they are Triton kernels where these can run.
 
     Args:
         q: ``[..., q_heads, queries, dim]``. k: ``[..., kv_heads, tokens, dim]``. Of the query heads that share a key
@@ -158,21 +159,32 @@ def column_mass(q: Tensor, k: Tensor, tile: int = TILE) -> Tensor:
         ValueError: ``q`` and ``k`` do not fit each other.
     """
     _check(q, k)
-    mass = torch.zeros(k.shape[:-1], dtype=working_dtype(k), device=k.device)
-    rows, columns = _tile(q, tile)
-    for part in q.split(rows, -2):
-        total = row_logsumexp(part, k, tile)[..., None]
-        for keys, into in zip(k.split(columns, -2), mass.split(columns, -1), strict=True):
-            into += _logits(part, keys).sub_(total).exp_().sum(-2)
-    return mass / q.shape[-2]
+    return mass_kernel(q, k, tile)
 
 
 def row_logsumexp(q: Tensor, k: Tensor, tile: int = TILE) -> Tensor:
     """The logarithm of each query's softmax normaliser over ``k``, ``[..., kv_heads, queries]``; -inf over no keys.
 
-    Arguments, precision and scratch as in ``column_mass``.
+    Arguments and precision as in ``column_mass``.
     """
     _check(q, k)
+    return row_kernel(q, k, tile)
+
+
+def tiled_mass(q: Tensor, k: Tensor, tile: int) -> Tensor:
+    """``column_mass``, a tile of logits at a time: beside its result it needs, in float32, at most about twice ``tile``
+    logits and a tile's queries and keys (together about 256 MiB), whatever the numbers of queries and tokens."""
+    mass = torch.zeros(k.shape[:-1], dtype=working_dtype(k), device=k.device)
+    rows, columns = _tile(q, tile)
+    for part in q.split(rows, -2):
+        total = tiled_logsumexp(part, k, tile)[..., None]
+        for keys, into in zip(k.split(columns, -2), mass.split(columns, -1), strict=True):
+            into += _logits(part, keys).sub_(total).exp_().sum(-2)
+    return mass / q.shape[-2]
+
+
+def tiled_logsumexp(q: Tensor, k: Tensor, tile: int) -> Tensor:
+    """``row_logsumexp``, a tile of logits at a time."""
     rows, columns = _tile(q, tile)
     parts = []
     for part in q.split(rows, -2):
@@ -181,6 +193,10 @@ def row_logsumexp(q: Tensor, k: Tensor, tile: int = TILE) -> Tensor:
             total = torch.logaddexp(total, _logits(part, keys).logsumexp(-1))
         parts.append(total)
     return torch.cat(parts, -1)
+
+
+mass_kernel = Kernel("column mass", tiled_mass, kernels.mass_form, kernels.supports)
+row_kernel = Kernel("row log-sum-exp", tiled_logsumexp, kernels.logsumexp_form, kernels.supports)
 
 
 def redundancy(k: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import frame_merge
+from ..kernels.choose import Kernel
 from .late import LateCount, LateCounts
 from .tokens import Tokens
 
@@ -113,7 +115,8 @@ class TemporalMerge:
         live = torch.full((), most, device=device)
         for start in range(0, len(gone), size):
             frame, most = gone.part(slice(start, start + size)), most + size
-            places, live = self._merge(middle, frame, places, live, capacity if most > capacity else None)
+            limit = capacity if most > capacity else None
+            places, live = merge_kernel(places, live, middle, frame, limit, self.config, (self.height, self.width))
             if most > capacity:
                 middle, places, live = _evict(middle, places, frame.frames[0], live, capacity)
                 most = capacity
@@ -132,48 +135,64 @@ class TemporalMerge:
         self._places = {int(layer): tensor.clone() for name, layer, tensor in told if name == "places"}
         self._lengths = {int(layer): int(tensor) for name, layer, tensor in told if name == "length"}
 
-    def _merge(
-        self, middle: Tokens, frame: Tokens, places: Tensor, live: Tensor, capacity: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """Takes one more latent frame into ``middle``, in place, behind its ``live`` tokens; who stands for each place
-        of it then, and how many there are then. ``capacity``: None where there is room for all."""
-        similarity, candidates = self._correspondence(middle, frame, places)
-        partner = assign(similarity, candidates, self.config.threshold)
-        if capacity is not None:
-            closer = assign(similarity, candidates, self.config.floor)
-            partner = torch.where(live + (partner < 0).sum() > capacity, closer, partner)
-        apart = partner < 0
-        into = torch.where(apart, live + apart.cumsum(0) - 1, places[partner.clamp(min=0)])
-        counts = torch.where(apart, 0.0, middle.counts[into])
-        n = counts[:, None, None]
-        mean = ((n * middle.values[:, into] + frame.values) / (n + 1.0)).to(middle.values.dtype)
-        middle.values[:, into] = torch.where(apart[:, None, None], frame.values, mean)
-        middle.keys[:, into] = frame.keys
-        middle.frames[into] = frame.frames
-        middle.counts[into] = (counts + 1.0).clamp(max=self.config.most)
-        if middle.plain is not None:
-            middle.plain[:, into] = frame.plain
-        return into, live + apart.sum()
 
-    def _correspondence(self, middle: Tokens, frame: Tokens, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Similarity of each token to its candidates ``[candidates, n]``, and their places on the grid.
+def merge_frame(
+    places: Tensor, live: Tensor, middle: Tokens, frame: Tokens, capacity: int | None, config: TemporalMergeConfig,
+    grid: tuple[int, int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Takes one more latent frame into a middle, in place, behind the tokens there are.
 
-        The own place comes first; a candidate off the grid or that nobody stands for has similarity -inf.
-        """
-        height, width, reach, size = self.height, self.width, self.config.neighbourhood, len(frame)
-        spots = torch.arange(size, device=places.device).view(height, width)
-        spots = F.pad(torch.where(places.view(height, width) < 0, size, spots), (reach,) * 4, value=size)
-        new = _unit(frame.keys).unflatten(1, (height, width))
-        old = _unit(middle.keys[:, places.clamp(min=0)])
-        old = F.pad(old.unflatten(1, (height, width)), (0, 0, 0, 0, *(reach,) * 4))
-        offsets = sorted(product(range(2 * reach + 1), repeat=2), key=lambda offset: offset != (reach, reach))
-        similarity, candidates = [], []
-        for y, x in offsets:
-            rows, columns = slice(y, y + height), slice(x, x + width)
-            candidates.append(spots[rows, columns].flatten())
-            cosines = (new * old[:, rows, columns]).sum(-1)
-            similarity.append(cosines.mean((0, 3)).flatten().masked_fill(candidates[-1] == size, -math.inf))
-        return torch.stack(similarity), torch.stack(candidates)
+    Args:
+        places: which row of ``middle`` stands for each place of the latent frame before, -1 for none. live: rows that
+            are tokens, ``[]``. middle: with counts, and room for ``frame`` behind them. capacity: tokens above which
+            the threshold falls to the floor; None where there is room for all. grid: height and width in tokens.
+
+    Returns:
+        ``places`` and ``live`` after the frame.
+    """
+    similarity, candidates = correspondence(places, middle, frame, config.neighbourhood, grid)
+    partner = assign(similarity, candidates, config.threshold)
+    if capacity is not None:
+        closer = assign(similarity, candidates, config.floor)
+        partner = torch.where(live + (partner < 0).sum() > capacity, closer, partner)
+    apart = partner < 0
+    into = torch.where(apart, live + apart.cumsum(0) - 1, places[partner.clamp(min=0)])
+    counts = torch.where(apart, 0.0, middle.counts[into])
+    n = counts[:, None, None]
+    mean = ((n * middle.values[:, into] + frame.values) / (n + 1.0)).to(middle.values.dtype)
+    middle.values[:, into] = torch.where(apart[:, None, None], frame.values, mean)
+    middle.keys[:, into] = frame.keys
+    middle.frames[into] = frame.frames
+    middle.counts[into] = (counts + 1.0).clamp(max=config.most)
+    if middle.plain is not None:
+        middle.plain[:, into] = frame.plain
+    return into, live + apart.sum()
+
+
+merge_kernel = Kernel("temporal merge", merge_frame, frame_merge.triton_form, frame_merge.supports)
+
+
+def correspondence(
+    places: Tensor, middle: Tokens, frame: Tokens, reach: int, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Similarity of each token to its candidates ``[candidates, n]``, and their places on the grid.
+
+    The own place comes first; a candidate off the grid or that nobody stands for has similarity -inf.
+    """
+    (height, width), size = grid, len(frame)
+    spots = torch.arange(size, device=places.device).view(height, width)
+    spots = F.pad(torch.where(places.view(height, width) < 0, size, spots), (reach,) * 4, value=size)
+    new = _unit(frame.keys).unflatten(1, (height, width))
+    old = _unit(middle.keys[:, places.clamp(min=0)])
+    old = F.pad(old.unflatten(1, (height, width)), (0, 0, 0, 0, *(reach,) * 4))
+    offsets = sorted(product(range(2 * reach + 1), repeat=2), key=lambda offset: offset != (reach, reach))
+    similarity, candidates = [], []
+    for y, x in offsets:
+        rows, columns = slice(y, y + height), slice(x, x + width)
+        candidates.append(spots[rows, columns].flatten())
+        cosines = (new * old[:, rows, columns]).sum(-1)
+        similarity.append(cosines.mean((0, 3)).flatten().masked_fill(candidates[-1] == size, -math.inf))
+    return torch.stack(similarity), torch.stack(candidates)
 
 
 def assign(similarity: Tensor, candidates: Tensor, threshold: float, rounds: int = 3) -> Tensor:
