@@ -14,7 +14,7 @@ from torch import Tensor
 from accel.attention.block_sparse import BACKENDS, attend_tiles
 from accel.attention.dense import attend
 from accel.flops import attention_flops
-from accel.kv.importance_redundancy import column_mass
+from accel.kv.importance_redundancy import TILE, column_mass, mass_kernel
 
 from .gpu_clock import Times, Work
 from .gpu_extent import Bench
@@ -79,12 +79,12 @@ def block_sparse(bench: Bench, sets: list[tuple[Tensor, ...]], density: float) -
 def mass(bench: Bench, sets: list[tuple[Tensor, ...]]) -> list[dict[str, Any]]:
     """A row a form of column mass; ``over_dense``: its time over a dense pass of the same queries, keys and values."""
 
-    def taken(**options: str) -> Callable[..., Tensor]:
-        return lambda q, k, v: column_mass(q.transpose(1, 2), k.transpose(1, 2), **options)
+    def taken(form: Callable[..., Tensor], *options: int) -> Callable[..., Tensor]:
+        return lambda q, k, v: form(q.transpose(1, 2), k.transpose(1, 2), *options)
 
-    forms = {AUTO: taken()}
-    if hasattr(column_mass, "triton_form"):
-        forms |= {name: taken(backend=name) for name in ("torch", "triton") if name == "torch" or bench.extent.compiled}
+    forms = {AUTO: taken(column_mass), "torch": taken(mass_kernel.torch_form, TILE)}
+    if bench.extent.compiled:
+        forms["triton"] = taken(mass_kernel.triton_form, TILE)
     found, failed = _tried(forms, sets[0])
     times = _timed(bench, {DENSE: attend, **found}, sets)
     rows: list[dict[str, Any]] = [{"form": name, "error": reason} for name, reason in failed.items()]
