@@ -1,12 +1,11 @@
 """Each kernel against a copy of as many bytes, against plain torch and against torch.compile.
 
-``TABLE`` has a line a kernel: where it lives, what it is given, and what ``torch.compile`` is given in its place. A
-form that is not there or does not run leaves its reason in the row.
+``TABLE`` has a line a kernel: what it is given, and what ``torch.compile`` is given in its place. A form that does not
+run leaves its reason in the row. Kernels of attention are measured against dense attention, in ``gpu_attention``.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accel.kernels import frame_merge, multistep, relative_l1, time_turn
+from accel.kernels.choose import Kernel, Traffic
+from accel.kernels.relative_l1 import Look
 from accel.kv.rotary import TimeRotary
+from accel.kv.temporal_merge import TemporalMergeConfig, merge_kernel
+from accel.kv.tokens import Tokens
 
 from .gpu_clock import Work
 from .gpu_extent import Bench
@@ -29,23 +33,22 @@ class Line:
     """One kernel.
 
     Attributes:
-        name: for people. module, operation: where it lives under ``accel.kernels``, see ``accel.kernels.choose``; its
-            ``traffic`` says what it has to read and write.
-        inputs: makes its arguments.
+        name: for people. operation: in its forms. inputs: makes its arguments. traffic: what has to be read and
+            written, of the same arguments.
         compiled: what ``torch.compile`` is given, with the same arguments; None for the operation's plain form.
     """
 
     name: str
-    module: str
-    operation: str
+    operation: Kernel
     inputs: Callable[[Bench], tuple]
+    traffic: Callable[..., Traffic]
     compiled: Callable | None = None
 
 
 def forms(line: Line, arguments: tuple, bench: Bench) -> tuple[dict[str, Callable], dict[str, str]]:
     """What can run of a line, each tried once, and of what cannot, why not."""
     found, reasons = {}, {"compiled": "not compiled at this size"}
-    kernel = getattr(_home(line), line.operation)
+    kernel = line.operation
     ok, reasons["kernel"] = kernel.choose(*arguments)
     tried: dict[str, Callable | None] = {"plain": kernel.torch_form, "kernel": kernel.triton_form if ok else None}
     if bench.extent.compiled:
@@ -66,7 +69,7 @@ def forms(line: Line, arguments: tuple, bench: Bench) -> tuple[dict[str, Callabl
 def measured(line: Line, bench: Bench) -> dict[str, Any]:
     """A row: device seconds of each form, and as ratios; bytes a second as a part of a copy's."""
     sets = [line.inputs(bench) for _ in range(SETS)]
-    traffic = _home(line).traffic(*sets[0])
+    traffic = line.traffic(*sets[0])
     moved = traffic.read + traffic.written
     found, reasons = forms(line, sets[0], bench)
     source, target = (
@@ -121,14 +124,8 @@ def spoken(row: dict[str, Any]) -> str:
     return ", ".join(f"{name} {taken * 1e6:.4g} us" for name, taken in row["seconds"].items())
 
 
-def _home(line: Line) -> Any:
-    return importlib.import_module(f"accel.kernels.{line.module}")
-
-
 def _looks(bench: Bench) -> tuple:
     """A feature of ``kernel_bytes`` bytes, one row a latent frame, and what is remembered of it."""
-    from accel.kernels.relative_l1 import Look
-
     frames = bench.extent.plan.segment
     length = bench.extent.kernel_bytes // bench.dtype.itemsize // frames
     now, rows = bench.random(1, frames, length), bench.random(1, frames, length)
@@ -169,9 +166,43 @@ def _sink(bench: Bench) -> tuple:
     return plain, angles.cos(), angles.sin(), stored[..., :channels]
 
 
-RELATIVE_L1 = Line("relative L1 with refresh", "relative_l1", "group_relative_l1", _looks, _compiled_looks)
+def _frame(bench: Bench) -> tuple:
+    """One layer's middle that stands for the latent frame before, and the next one, of which half the tokens join."""
+    shape, grid = bench.extent.shape, bench.extent.causal_grid
+    size, width = grid[0] * grid[1], shape.dim // shape.heads
+    channels = TimeRotary.of_wan(width).channels
+    keys, values = (bench.random(1, 2 * size, shape.heads, width) for _ in range(2))
+    frame_keys = bench.random(1, size, shape.heads, width)
+    near = keys[:, : size // 2]
+    frame_keys[:, : size // 2] = near + 0.1 * frame_keys[:, : size // 2]
+    frames = torch.zeros(2 * size, dtype=torch.int64, device=bench.device)
+    ones = torch.ones(2 * size, device=bench.device)
+    middle = Tokens(keys, values, frames, bench.random(1, 2 * size, shape.heads, channels), ones)
+    plain = bench.random(1, size, shape.heads, channels)
+    frame = Tokens(frame_keys, bench.random(1, size, shape.heads, width), frames[:size] + 1, plain)
+    places, live = torch.arange(size, device=bench.device), torch.full((), size, device=bench.device)
+    return places, live, middle, frame, None, TemporalMergeConfig(), grid
+
+
+def _frame_traffic(
+    places: Tensor, live: Tensor, middle: Tokens, frame: Tokens, capacity: None, config: TemporalMergeConfig,
+    grid: tuple[int, int],
+) -> Traffic:  # fmt: skip
+    (batch, size, heads, width), element = frame.keys.shape, frame.keys.element_size()
+    return frame_merge.traffic(
+        batch, heads, width, size, size // 2, element, frame.plain.shape[3], config.neighbourhood
+    )  # fmt: skip
+
+
+RELATIVE_L1 = Line(
+    "relative L1 with refresh", relative_l1.group_relative_l1, _looks, relative_l1.traffic, _compiled_looks
+)
 TABLE = [
     RELATIVE_L1,
-    Line("multistep and Euler, a noise level a frame", "multistep", "linear_step", _velocities, _compiled_step),
-    Line("time turn of the sink, one layer", "time_turn", "turn_pairs", _sink),
-]
+    Line(
+        "multistep and Euler, a noise level a frame", multistep.linear_step, _velocities, multistep.traffic,
+        _compiled_step,
+    ),
+    Line("time turn of the sink, one layer", time_turn.turn_pairs, _sink, time_turn.traffic),
+    Line("temporal merge of a latent frame, one layer", merge_kernel, _frame, _frame_traffic),
+]  # fmt: skip

@@ -267,15 +267,20 @@ def test_the_forced_list_covers_the_plan_and_skips_in_it():
     assert decisions[0] is Decision.RECOMPUTE and Decision.PREDICT in decisions
 
 
-@pytest.mark.parametrize("line", TABLE, ids=lambda line: line.operation)
+@pytest.mark.parametrize("line", TABLE, ids=lambda line: line.operation.name)
 def test_a_kernel_takes_what_its_line_makes_and_all_forms_agree(line):
     arguments = line.inputs(bench_of(TOY))
-    module = __import__(f"accel.kernels.{line.module}", fromlist=[line.operation])
-    kernel = getattr(module, line.operation)
-    assert kernel.supports(*arguments) == (True, "")
+    assert line.operation.supports(*arguments) == (True, "")
     if line.compiled is not None:
         found = line.compiled(*copy.deepcopy(arguments))
-        torch.testing.assert_close(found.flatten(), kernel.torch_form(*arguments).flatten())
+        torch.testing.assert_close(found.flatten(), line.operation.torch_form(*arguments).flatten())
+
+
+def test_half_the_tokens_of_the_merged_frame_join():
+    line = next(line for line in TABLE if line.operation.name == "temporal merge")
+    places, live, *rest = line.inputs(bench_of(TOY))
+    into, grown = line.operation.torch_form(places, live, *rest)
+    assert torch.equal(into[:12], places[:12]) and int(grown) == len(places) + 12
 
 
 def test_relative_l1_reads_as_much_as_the_goal_speaks_of():
@@ -292,8 +297,8 @@ def test_a_form_that_fails_leaves_its_reason(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no such shape")
 
-    monkeypatch.setattr("accel.kernels.multistep.linear_step.torch_form", broken)
-    row = measured(next(line for line in TABLE if line.module == "multistep"), bench_of(TOY))
+    monkeypatch.setattr(TABLE[1].operation, "torch_form", broken)
+    row = measured(TABLE[1], bench_of(TOY))
     assert row["reasons"]["plain"] == "RuntimeError: no such shape"
     assert set(row["seconds"]) == {"copy"}
 
