@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from accel.kernels.choose import Usage
+
 from .gpu_attention import attention
 from .gpu_causal import causal
 from .gpu_clock import Clock, EventClock, Pace, ProcessClock
@@ -77,7 +79,7 @@ def run(
     say(f"about {sum(PARTS[name].estimate for name in parts):.0f} s at full size on an H100 or H200")
     for name in (one for one in PARTS if one in parts):
         pace = Pace(min(PARTS[name].budget, whole.left))
-        found, started = {"conditions": conditions(device, dtype)}, time.monotonic()
+        found, started, usage = {"conditions": conditions(device, dtype)}, time.monotonic(), Usage()
         bench = Bench(extent, device, dtype, clock, pace, say)
         try:
             pace.demand(name)
@@ -86,7 +88,7 @@ def run(
         except Exception as error:
             found["error"] = f"{type(error).__name__}: {error}"
             say(f"{name}: stopped, {found['error']}")
-        found["seconds"] = time.monotonic() - started
+        found |= {"seconds": time.monotonic() - started, "used": usage.line()}
         told["parts"] = {one: told["parts"].get(one) for one in PARTS if one in told["parts"]} | {name: found}
         told["figures"] = figures(told["parts"], toy)
         write(folder, told)

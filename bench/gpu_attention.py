@@ -1,19 +1,22 @@
 """Attention of a causal block over full K/V: dense, block-sparse by backend and density, and the mass of its columns.
 
-Tiles are drawn at random: which keys a query reads makes no difference to the time, how many does.
+Tiles are drawn at random: which keys a query reads makes no difference to the time, how many does. ANN attention has
+keys fill the tiles in an order of its own for every head, so there is a row with such an order and one without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from accel.attention.block_sparse import BACKENDS, attend_tiles
+from accel.attention.block_sparse import attend_tiles, flex_tiles, gathered_tiles
 from accel.attention.dense import attend
 from accel.flops import attention_flops
+from accel.kernels.listed_tiles import triton_form
 from accel.kv.importance_redundancy import TILE, column_mass, mass_kernel
 
 from .gpu_clock import Times, Work
@@ -34,9 +37,9 @@ def attention(bench: Bench, told: dict[str, Any]) -> None:
         for _ in range(SETS)
     ]
     told["figures"], told["attention"] = {}, []
-    for density in extent.densities:
-        rows = block_sparse(bench, sets, density)
-        told["attention"] += rows
+    for density, ordered in product(extent.densities, (True, False)):
+        bench.pace.demand(f"density {density}")
+        told["attention"] += block_sparse(bench, sets, density, ordered)
         worst = [row["over_share"] for row in told["attention"] if row["form"] == AUTO and "over_share" in row]
         if worst:
             told["figures"]["block_sparse"] = max(worst)
@@ -47,33 +50,35 @@ def attention(bench: Bench, told: dict[str, Any]) -> None:
     told["window"] = window(bench)
 
 
-def block_sparse(bench: Bench, sets: list[tuple[Tensor, ...]], density: float) -> list[dict[str, Any]]:
-    """A row a backend; ``over_share``: its time over that of dense attention times the share of tiles it reads."""
+def block_sparse(bench: Bench, sets: list[tuple[Tensor, ...]], density: float, ordered: bool) -> list[dict[str, Any]]:
+    """A row a form; ``over_share``: its time over that of dense attention times the share of tiles it reads."""
     extent = bench.extent
     (_, queries, heads, _), keys = sets[0][0].shape, sets[0][1].shape[1]
     count, rows = -(-keys // extent.tile), -(-queries // extent.query_tile)
     kept = max(1, round(density * count))
-    order = torch.rand(heads, rows, count, device=bench.device).argsort(-1)
-    tiles = order[..., :kept].sort(-1).values.contiguous()
+    share, sizes = kept / count, (extent.query_tile, extent.tile)
+    drawn = torch.rand(1, heads, rows, count, device=bench.device).argsort(-1)
+    tiles = drawn[..., :kept].sort(-1).values.contiguous()
+    order = torch.rand(1, heads, keys, device=bench.device).argsort(-1) if ordered else None
 
-    def sparse(backend: str) -> Callable[..., Tensor]:
-        return lambda q, k, v: attend_tiles(q, k, v, tiles, extent.tile, query_tile=extent.query_tile, backend=backend)
+    def taken(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_tiles(q, k, v, tiles, extent.tile, order=order, query_tile=extent.query_tile)
 
-    offered = [name for name in BACKENDS if name in (AUTO, "gather") or bench.extent.compiled]
-    found, failed = _tried({name: sparse(name) for name in offered}, sets[0])
+    forms: dict[str, Callable[..., Tensor]] = {AUTO: taken}
+    named = {"gather": gathered_tiles} | ({"flex": flex_tiles, "triton": triton_form} if extent.compiled else {})
+    for name, form in named.items():
+        forms[name] = lambda q, k, v, form=form: form(q, k, v, tiles, sizes, None, order)
+    found, failed = _tried(forms, sets[0])
     times = _timed(bench, {DENSE: attend, **found}, sets)
-    share = kept / count
-    told = [
-        {
-            "form": name, "density": share, "seconds": times.median(name), "rounds": times.rounds,
-            "over_share": times.ratio(name, DENSE) / share,
-        }
+    about = {"ordered": "yes" if ordered else "no", "density": share, "rounds": times.rounds}
+    told: list[dict[str, Any]] = [
+        {"form": name, **about, "seconds": times.median(name), "over_share": times.ratio(name, DENSE) / share}
         for name in found
-    ]  # fmt: skip
-    told.append({"form": DENSE, "density": 1.0, "seconds": times.median(DENSE), "rounds": times.rounds})
+    ]
+    told.append({"form": DENSE, **about, "density": 1.0, "seconds": times.median(DENSE)})
     for row in told:
         bench.say(f"attention: {row['form']}, density {row['density']:.3g}, {row['seconds'] * 1e3:.4g} ms")
-    return told + [{"form": name, "density": share, "error": reason} for name, reason in failed.items()]
+    return told + [{"form": name, **about, "error": reason} for name, reason in failed.items()]
 
 
 def mass(bench: Bench, sets: list[tuple[Tensor, ...]]) -> list[dict[str, Any]]:

@@ -82,14 +82,11 @@ def markdown(told: dict[str, Any]) -> str:
     title = "# On a GPU" if not told["toy"] else "# Toy size: it runs, which says nothing about speed"
     lines = [title, "", NOTE.format(f"FLOPs: {CONVENTION}."), ""]
     lines += table_of(("figure", "goal", "measured", "reached"), (_figure(key, told) for key in told["figures"]))
-    lines += table_of(
-        ("part", "seconds", "date", "device", "driver", "torch", "CUDA", "Triton", "dtype", "clock MHz", "stopped by"),
-        (
-            (name, f"{part['seconds']:.0f}", *(part["conditions"][key] for key in (
-                "date", "device", "driver", "torch", "cuda", "triton", "dtype", "clock_mhz")), part.get("error", ""))
-            for name, part in told["parts"].items()
-        ),
-    )  # fmt: skip
+    lines += _table([
+        {"part": name, "seconds": f"{part['seconds']:.0f}"} | part["conditions"]
+        | {"forms used": part["used"], "stopped by": part.get("error")}
+        for name, part in told["parts"].items()
+    ])  # fmt: skip
     for name, part in told["parts"].items():
         for key, rows in part.items():
             if isinstance(rows, list) and rows:
@@ -111,7 +108,7 @@ def _figure(key: str, told: dict[str, Any]) -> Iterable[str]:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    return table_of(columns, ((_cell(row.get(name)) for name in columns) for row in rows))
+    return table_of(columns, [[_cell(row.get(name)) for name in columns] for row in rows])
 
 
 def _cell(value: Any) -> str:

@@ -86,6 +86,15 @@ def test_every_figure_is_a_row_and_a_key(folder, found):
         assert (row["measured"] is None) == (figure.key in KERNEL_FIGURES)
 
 
+def test_every_measured_row_stands_in_the_tables(folder, found):
+    text = (folder / "gpu.md").read_text()
+    for row in found["parts"]["kernels"]["kernels"]:
+        assert text.count(f"| {row['kernel']} |") == 1
+    for row in found["parts"]["causal"]["rollouts"]:
+        assert f"| {row['block']} | {row['store']} |" in text
+    assert "column mass torch (no CUDA device)" in text
+
+
 def test_a_figure_that_is_missing_says_why(found):
     assert all("no CUDA device" in found["figures"][key]["why"] for key in KERNEL_FIGURES)
     parts = {"memory": {"error": "OutOfMemoryError: too much"}}
