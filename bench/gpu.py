@@ -36,7 +36,7 @@ from .gpu_loops import loops, memory
 from .gpu_report import figures, markdown
 
 RESULTS = Path(__file__).with_name("results")
-LIMIT = 530.0
+LIMIT = 500.0  # what is under way when it is over goes on
 Say = Callable[[str], Any]
 
 
@@ -56,7 +56,7 @@ PARTS = {
     "attention": Part(attention, 35, 60),
     "kernels": Part(kernels, 60, 90),
     "memory": Part(memory, 25, 40),
-    "loops": Part(loops, 180, 220),
+    "loops": Part(loops, 200, 230),
 }
 
 

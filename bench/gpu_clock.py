@@ -97,14 +97,14 @@ class Pace:
     def left(self) -> float:
         return self._end - self._now()
 
-    def demand(self, what: str) -> None:
-        """Stops the part where its time is over.
+    def demand(self, what: str, seconds: float = 0.0) -> None:
+        """Stops the part where less than ``seconds`` of its time are left.
 
         Raises:
             TimeoutError: naming what could not begin.
         """
-        if self.left <= 0:
-            raise TimeoutError(f"the part's {self.seconds:g} s were over before: {what}")
+        if self.left <= seconds:
+            raise TimeoutError(f"of the part's {self.seconds:.0f} s too few were left for: {what}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ def loops(bench: Bench, told: dict[str, Any]) -> None:
             bench.say("loops: no time for another round")
             break
         for name in chosen if number % 2 == 0 else reversed(list(chosen)):
-            bench.pace.demand(name)
+            bench.pace.demand(name, max((taken[-1] for taken in seconds.values() if taken), default=0.0))
             timelines[name] = Timeline()
             taken = bench.clock.wall(loop(denoiser, chosen[name], noise, plan, timelines[name]))
             seconds[name].append(taken)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import bench.gpu as command
 from accel.call import Decision
+from accel.sampling import SegmentPlan
 from bench.fullsize import ACTIVE, FULL
 from bench.gpu_causal import Rolling, causal, realised
 from bench.gpu_clock import EventClock, Pace, ProcessClock, Times, in_turn, peak_bytes, syncs
@@ -44,7 +45,7 @@ class FlopClock:
     queued = wall = device
 
 
-def bench_of(extent, clock=None, device=CPU, seconds=1000.0, dtype=torch.float32):
+def bench_of(extent, clock=None, device=CPU, seconds=1e18, dtype=torch.float32):
     return Bench(extent, device, dtype, clock or ProcessClock(), Pace(seconds), lambda line: None)
 
 
@@ -164,7 +165,7 @@ def test_rounds_stop_when_the_next_one_would_not_fit():
         return 4.0
 
     assert in_turn(measure, {"a": None}, 10, 0, Pace(11.0, lambda: now[0])).rounds == 2
-    with pytest.raises(TimeoutError, match="before: a"):
+    with pytest.raises(TimeoutError, match="for: a"):
         in_turn(measure, {"a": None}, 10, 0, Pace(0.0, lambda: now[0]))
 
 
@@ -236,6 +237,27 @@ def test_what_is_counted_arrives_whole_where_time_is_flops():
 
 def test_realised_is_the_time_ratio_over_the_flop_ratio():
     assert realised({"seconds": 3.0, "flops": 6}, {"seconds": 2.0, "flops": 3}) == 0.75
+
+
+@torch.inference_mode()
+def test_no_loop_begins_that_would_not_end_in_time():
+    class Slow(ProcessClock):
+        def wall(self, work):
+            work()
+            now[0] += 40.0
+            return 40.0
+
+    now, short = [0.0], replace(TOY, plan=SegmentPlan(frames=4, segment=4, block=2, ar_step=1, steps=3), loop_rounds=2)
+    for seconds, runs in ((350.0, [2, 2, 2, 2]), (200.0, [1, 1, 1, 1])):
+        now[0] = 0.0
+        pace = Pace(seconds, lambda: now[0])
+        bench, told = Bench(short, CPU, torch.float32, Slow(), pace, lambda line: None), {}
+        loops(bench, told)
+        assert [len(row["runs"]) for row in told["loops"]] == runs
+    now[0] = 0.0
+    with pytest.raises(TimeoutError, match="frozen K/V"):
+        loops(replace(bench, pace=Pace(150.0, lambda: now[0])), told)
+    assert len(told["loops"]) == 3 and set(told["figures"]) == {"realised_listed", "realised_suffix"}
 
 
 def test_loops_are_compared_over_the_rounds_that_all_went_through():
