@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from accel.kernels import column_mass, listed_tiles
+from accel.kernels import column_mass, frame_merge, listed_tiles
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 120: "HMMA"}
@@ -89,7 +89,40 @@ def _listed_tiles(dtype: str, ordered: bool, biased: bool, dim: int = 128, long:
     )  # fmt: skip
 
 
+def _frame_merge(function: str, arguments: str, integers: str, constants: Mapping[str, Any], wide_loads: int) -> Case:
+    """``arguments``: pointers with their types and other numbers, as ``name:type``."""
+    types = dict(one.split(":") for one in arguments.split()) | dict.fromkeys(integers.split(), "i32")
+    loose = [name for name in integers.split() if not name.endswith(("_batch", "_token"))]
+    warps = constants.get("num_warps", 4)
+    constants = {name: value for name, value in constants.items() if name != "num_warps"}
+    return Case(f"frame_merge_triton:{function}", types, constants, loose, warps, wide_loads=wide_loads)
+
+
 CASES = {
+    "frame similarities bf16": _frame_merge(
+        "similarities",
+        "new:*bf16 old:*bf16 places:*i64 out:*fp32",
+        "new_batch new_token old_batch old_token height width batch heads",
+        frame_merge.similarity_constants(128, 1),
+        2,
+    ),
+    "frame partners of 1560 tokens": _frame_merge(
+        "assigned",
+        "similarity:*fp32 places:*i64 counts:*fp32 live:*i64 best:*fp32 asked:*i32 taken:*i32 into:*i64 "
+        "weights:*fp32 grown:*i64 threshold:fp32 floor:fp32",
+        "height width capacity",
+        frame_merge.assign_constants(1560, 1, True),
+        0,
+    ),
+    "frame joined bf16": _frame_merge(
+        "joined",
+        "keys:*bf16 values:*bf16 plain:*bf16 frames:*i64 middle_keys:*bf16 middle_values:*bf16 "
+        "middle_plain:*bf16 middle_frames:*i64 middle_counts:*fp32 into:*i64 weights:*fp32",
+        "keys_batch keys_token values_batch values_token plain_batch plain_token middle_batch middle_token "
+        "middle_plain_batch middle_plain_token most",
+        {"WIDTH": 1536, "PLAIN": 528, "BLOCK": frame_merge.BLOCK, "num_warps": 2},
+        4,
+    ),
     "listed tiles bf16": _listed_tiles("bf16", True, True),
     "listed tiles fp16, plain": _listed_tiles("fp16", False, False),
     "listed tiles fp32": _listed_tiles("fp32", True, True, dim=64, long=True),

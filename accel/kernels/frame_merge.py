@@ -6,6 +6,7 @@ Three launches; nothing as large as the frame is made on the way, and nothing is
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,18 +76,22 @@ def supports(
     return True, ""
 
 
-def traffic(batch: int, heads: int, dim: int, size: int, joining: int, element: int, plain: int, reach: int) -> Traffic:
-    """Of a frame of ``size`` tokens whose places all have a token and of which ``joining`` find one to join: each
-    frame's keys and values read, the candidates' keys and the joined values read, a row written for each token.
+def traffic(
+    batch: int, heads: int, dim: int, grid: tuple[int, int], joining: int, element: int, plain: int, reach: int
+) -> Traffic:
+    """Of a frame whose places all have a token and of which ``joining`` tokens find one to join: the frame's keys and
+    values and the candidates' keys are read, values that get company are, and a row is written for each token. Where
+    not every token finds one, a few of the notes on who asks whom are not read again.
 
     Args:
         element: bytes of a number. plain: channels of a head that turn with time.
     """
-    keys, times = batch * heads * dim * element, batch * heads * plain * element
+    size, keys, times = grid[0] * grid[1], batch * heads * dim * element, batch * heads * plain * element
     table = 4 * (2 * reach + 1) ** 2 * size
+    on_grid = 4 * math.prod(sum(max(0, side - abs(by)) for by in range(-reach, reach + 1)) for side in grid)
     notes = size * (4 + 4 + 4)  # best, asked, taken
     similarity = (2 * size * keys + 8 * size, table)
-    assigned = (table + notes + 8 * joining + 4 * joining + 8, notes + size * (8 + 4) + 8)
+    assigned = (on_grid + notes + joining * (8 + 4) + 8, notes + size * (8 + 4) + 8)
     joined = (size * (2 * keys + times + 8 + 8 + 4) + joining * keys, size * (2 * keys + times + 8 + 4))
     return Traffic(3, *(sum(side) for side in zip(similarity, assigned, joined, strict=True)))
 

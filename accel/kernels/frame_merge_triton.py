@@ -128,13 +128,14 @@ def joined(
     row = tl.load(into + token).to(tl.int64)
     weight = tl.load(weights + token)
     target = entry * middle_batch + row * middle_token
+    shared = tl.where(weight > 0, WIDTH, 0)
     for start in tl.static_range(0, WIDTH, BLOCK):
         lanes = start + tl.arange(0, BLOCK)
         inside = lanes < WIDTH
         key = tl.load(keys + entry * keys_batch + token * keys_token + lanes, mask=inside)
         tl.store(middle_keys + target + lanes, key, mask=inside)
         value = tl.load(values + entry * values_batch + token * values_token + lanes, mask=inside)
-        old = tl.load(middle_values + target + lanes, mask=inside & (weight > 0), other=0.0)
+        old = tl.load(middle_values + target + lanes, mask=lanes < shared, other=0.0)
         mean = (weight * old.to(tl.float32) + value.to(tl.float32)) / (weight + 1.0)
         tl.store(middle_values + target + lanes, mean.to(value.dtype), mask=inside)
     if PLAIN > 0:
