@@ -190,7 +190,7 @@ def _frame_traffic(
 ) -> Traffic:  # fmt: skip
     (batch, size, heads, width), element = frame.keys.shape, frame.keys.element_size()
     return frame_merge.traffic(
-        batch, heads, width, size, size // 2, element, frame.plain.shape[3], config.neighbourhood
+        batch, heads, width, grid, size // 2, element, frame.plain.shape[3], config.neighbourhood
     )  # fmt: skip
 
 

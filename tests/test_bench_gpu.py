@@ -15,6 +15,7 @@ import bench.gpu as command
 from accel.call import Decision
 from accel.sampling import SegmentPlan
 from bench.fullsize import ACTIVE, FULL
+from bench.gpu_attention import block_sparse, mass
 from bench.gpu_causal import Rolling, causal, realised
 from bench.gpu_clock import EventClock, Pace, ProcessClock, Times, in_turn, peak_bytes, syncs
 from bench.gpu_extent import TOY, WHOLE, Bench
@@ -23,6 +24,7 @@ from bench.gpu_kernels import TABLE, figures, measured
 from bench.gpu_loops import EVERY, LISTED, compared, loops, memory
 from bench.gpu_report import FIGURES, markdown
 from bench.gpu_report import figures as reported
+from tests.triton_interpreter import interpreted, needs_triton
 
 CPU = torch.device("cpu")
 KERNEL_FIGURES = {"relative_l1_share", "relative_l1_over_compiled"}
@@ -299,12 +301,38 @@ def test_the_forced_list_covers_the_plan_and_skips_in_it():
 
 
 @pytest.mark.parametrize("line", TABLE, ids=lambda line: line.operation.name)
-def test_a_kernel_takes_what_its_line_makes_and_all_forms_agree(line):
+def test_a_kernel_takes_what_its_line_makes_and_a_compiler_gets_the_same_task(line):
     arguments = line.inputs(bench_of(TOY))
     assert line.operation.supports(*arguments) == (True, "")
     if line.compiled is not None:
         found = line.compiled(*copy.deepcopy(arguments))
         torch.testing.assert_close(found.flatten(), line.operation.torch_form(*arguments).flatten())
+
+
+@needs_triton
+@pytest.mark.parametrize("line", TABLE, ids=lambda line: line.operation.name)
+def test_kernels_do_on_their_lines_what_is_measured_beside_them(line):
+    arguments = line.inputs(bench_of(TOY))
+    with interpreted() as launches:
+        found = line.operation.triton_form(*copy.deepcopy(arguments))
+    assert launches.names
+    torch.testing.assert_close(found, line.operation.torch_form(*arguments), rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+def test_kernels_of_attention_take_what_is_measured_and_what_fails_says_why(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("bench.gpu_attention.flex_tiles", broken)
+    bench = bench_of(replace(TOY, compiled=True, rounds=1, warmup=0))
+    sides = [tuple(bench.random(1, tokens, 2, 24) for tokens in (40, 72, 72))]
+    with interpreted() as launches, torch.inference_mode():
+        rows = [*block_sparse(bench, sides, 0.25, True), *mass(bench, sides)]
+    assert {"attend", "row_totals", "column_sums"} <= set(launches.names)
+    assert {row["form"]: row["error"] for row in rows if "error" in row} == {"flex": "RuntimeError: no compiler"}
+    assert {row["form"] for row in rows if "over_share" in row} == {"auto", "gather", "triton"}
+    assert {row["form"] for row in rows if "over_dense" in row} == {"auto", "torch", "triton"}
 
 
 def test_half_the_tokens_of_the_merged_frame_join():

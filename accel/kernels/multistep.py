@@ -34,7 +34,8 @@ def torch_form(
     if x is None:
         return total
     moved = (x.to(precision) + total).to(x.dtype)
-    return torch.where(torch.tensor(moving, device=x.device)[:, None, None], moved, x)
+    moves = torch.tensor(moving, dtype=torch.bool).to(x.device, non_blocking=True)
+    return torch.where(moves[:, None, None], moved, x)
 
 
 def triton_form(

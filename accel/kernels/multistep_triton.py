@@ -25,7 +25,7 @@ def linear_step(
     total = tl.full((BLOCK,), 0.0, tl.float32)
     for point in tl.static_range(POINTS):
         weight = tl.load(coefficient + point * ENTRIES * frames)
-        wanted = inside & (weight != 0.0)
+        wanted = index < tl.where(weight != 0.0, size, 0)
         total += weight * tl.load(source + point * point_stride + index, mask=wanted, other=0.0).to(tl.float32)
     if FROM_X:
         before = x + entry.to(tl.int64) * x_batch + channel.to(tl.int64) * x_channel + frame.to(tl.int64) * x_frame
