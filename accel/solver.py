@@ -151,7 +151,8 @@ class UniPCSolver(Solver):
         computed: Sequence[bool],
     ) -> Tensor:
         moving, told = (
-            torch.tensor(flags, dtype=torch.bool, device=x.device).view(1, 1, -1, 1, 1) for flags in (active, computed)
+            torch.tensor(flags, dtype=torch.bool).view(1, 1, -1, 1, 1).to(x.device, non_blocking=True)
+            for flags in (active, computed)
         )
         precision = torch.promote_types(torch.promote_types(x.dtype, velocity.dtype), torch.float32)
         start, x, velocity = x, x.to(precision), velocity.to(precision)
@@ -166,12 +167,12 @@ class UniPCSolver(Solver):
                 )
         history = self._history(x)[:, :, :, window]
         newest, older, before = history.to(x.dtype)
-        weights = self._per_frame(self._weights, steps).to(x.device, x.dtype)[:, None, None, :, None, None]
-        sigma, *weights = weights
+        weights = self._per_frame(self._weights, steps).to(x.device, x.dtype, non_blocking=True)
+        sigma, *weights = weights[:, None, None, :, None, None]
         x0 = x - sigma * velocity
         carry, pull, back, ahead = weights[:4]
         corrected = carry * before + pull * (newest + back * (older - newest) + ahead * (x0 - newest))
-        first = torch.tensor(steps, device=x.device).view_as(moving) == 1
+        first = torch.tensor(steps).view(1, 1, -1, 1, 1).to(x.device, non_blocking=True) == 1
         corrected = torch.where(first | ~told, x, corrected)
         carry, pull, back = weights[4:]
         predicted = carry * corrected + pull * (x0 + back * (newest - x0))

@@ -4,6 +4,7 @@ size."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from accel.flops import WAN_1_3B, WAN_14B, WanShape
+from accel.kernels.time_turn import traffic, turn_pairs
 from accel.kv.budget import KEEPS, STORAGES, KVBudgetConfig, StoreShape, plan
 from accel.kv.memory import KVMemory, dense
 from accel.kv.ring import Layout
@@ -19,7 +21,7 @@ from demo.codec import TinyCodec
 from demo.data import render, simulate
 from demo.generate import start_noise
 
-from .kv_bytes import MovedBytes, clone_and_roll
+from .kv_bytes import MovedBytes, clone_and_roll, fused
 from .kv_rollout import BLOCK, FORWARDS, SINK, Extent, Rollout, Strategy, bounded, demand
 from .runs import codec
 
@@ -156,25 +158,18 @@ def append() -> dict[str, Any]:
 def moved(block: int, frames: int = 21) -> dict[str, Any]:
     """Bytes read and written to append a block of ``block`` latent frames to ``frames`` of Wan 1.3B, all layers.
 
-    The store is driven on tensors without data, for as long as the video needs to turn its positions twice.
+    The store is driven on tensors without data, for as long as the video needs to turn its positions twice: once with
+    the operations of plain torch counted as they run, once with what the kernel that turns keys reads and writes in
+    their place.
 
     Raises:
         AssertionError: a full store that moves other bytes from block to block, but where its positions turn.
     """
     shape = replace(full_shape(WAN_1_3B), layers=1)
-    config, counts = KVBudgetConfig(frames=frames, sink=SINK), []
-    memory = KVMemory(config, shape, 1, block, 600, lambda: lambda layer, q, *rest: q)
-    new = torch.empty(1, block * shape.tokens, shape.heads, shape.head_dim, dtype=torch.bfloat16, device="meta")
-    for first in range(0, 600 // block * block, block):
-        memory.begin(first, block)
-        with MovedBytes() as counted:
-            memory.attend(0, new, new, new)
-        memory.commit()
-        counts.append(counted.total)
-    usual = sorted(counts[2 * frames :])[len(counts[2 * frames :]) // 2]
-    turns = [count for count in counts[2 * frames :] if count != usual]
-    demand(len(turns) <= 600 // 100, f"append: {len(turns)} blocks move other bytes than {usual:,}")
+    memory, usual, most = _appended(shape, block, frames, False)
+    _, usual_fused, most_fused = _appended(shape, block, frames, True)
     written = 2 * block * shape.frame_bytes()
+    new = _block(shape, block)
     sides = [new.new_empty(1, frames * shape.tokens, *new.shape[2:]) for _ in range(2)]
     with MovedBytes() as rolled:
         clone_and_roll(*sides, new)
@@ -185,10 +180,36 @@ def moved(block: int, frames: int = 21) -> dict[str, Any]:
         "block_bytes": WAN_1_3B.layers * written // 2,
         "ring": WAN_1_3B.layers * written,
         "ring_with_sink_turned": WAN_1_3B.layers * usual,
-        "ring_when_positions_turn": WAN_1_3B.layers * max(counts),
+        "ring_with_sink_turned_fused": WAN_1_3B.layers * usual_fused,
+        "ring_when_positions_turn": WAN_1_3B.layers * most,
+        "ring_when_positions_turn_fused": WAN_1_3B.layers * most_fused,
         "clone_and_roll": WAN_1_3B.layers * rolled.total,
         "clone_and_roll_formula": 4 * (frames - block) * full_shape(WAN_1_3B).frame_bytes() + WAN_1_3B.layers * written,
     }
+
+
+def _block(shape: StoreShape, frames: int) -> Tensor:
+    size = (1, frames * shape.tokens, shape.heads, shape.head_dim)
+    return torch.empty(size, dtype=torch.bfloat16, device="meta")
+
+
+def _appended(shape: StoreShape, block: int, frames: int, kernel: bool) -> tuple[KVMemory, int, int]:
+    """A store after 600 latent frames, and the bytes that a block moves in it when it is full: usually, and at most;
+    with ``kernel`` as the kernel that turns keys moves them."""
+    config, counts = KVBudgetConfig(frames=frames, sink=SINK), []
+    memory = KVMemory(config, shape, 1, block, 600, lambda: lambda layer, q, *rest: q)
+    new = _block(shape, block)
+    for first in range(0, 600 // block * block, block):
+        with MovedBytes() as counted, fused(turn_pairs, traffic, counted) if kernel else nullcontext():
+            memory.begin(first, block)
+            memory.attend(0, new, new, new)
+        memory.commit()
+        counts.append(counted.total)
+    full = counts[2 * frames :]
+    usual = sorted(full)[len(full) // 2]
+    others = [count for count in full if count != usual]
+    demand(len(others) <= 600 // 100, f"append: {len(others)} blocks move other bytes than {usual:,}")
+    return memory, usual, max(full)
 
 
 def beside() -> list[dict[str, Any]]:

@@ -105,11 +105,12 @@ def full_size_text(rows: list[Told]) -> list[str]:
 
 def append_text(part: Told) -> list[str]:
     """Bytes moved by an append, and what a store takes beside keys and values."""
+    told = ("ring", "ring_with_sink_turned", "ring_with_sink_turned_fused")
+    turns = ("ring_when_positions_turn", "ring_when_positions_turn_fused")
     moved = [
         (
-            one["block"], *(f"{one[key] / 1e9:.2f}" for key in ("ring", "ring_with_sink_turned", "clone_and_roll")),
-            *(f"{one['clone_and_roll'] / one[key]:.1f}x" for key in ("ring", "ring_with_sink_turned")),
-            f"{one['ring_when_positions_turn'] / 1e9:.2f}",
+            one["block"], *(f"{one[key] / 1e9:.2f}" for key in (*told, "clone_and_roll")),
+            *(f"{one['clone_and_roll'] / one[key]:.1f}x" for key in told), *(f"{one[key] / 1e9:.2f}" for key in turns),
         )
         for one in part["moved"]
     ]  # fmt: skip
@@ -120,11 +121,16 @@ def append_text(part: Told) -> list[str]:
         )
         for one in part["beside"]
     ]  # fmt: skip
-    head = ("block", "ring", "ring and sink", "clone and roll", "over ring", "over ring and sink", "positions turn")
+    head = (
+        "block", "ring", "ring and sink", "the same, kernel", "clone and roll", "over ring", "over ring and sink",
+        "over the kernel", "positions turn", "the same, kernel",
+    )  # fmt: skip
     return [
-        "GB read and written to append one block to 21 latent frames of Wan 1.3B, all layers (bytes of every tensor "
-        "operation; *ring and sink* turns the sink to where it stands now, which unfused operations do in float32 and "
-        "wider; *positions turn* is the one block in about 220 latent frames after which positions start low again):",
+        "GB read and written to append one block to 21 latent frames of Wan 1.3B, all layers; counted, not timed "
+        "(bytes of every tensor operation; *ring and sink* turns the sink to where it stands now, in plain torch with "
+        "products in float32 on the way; *positions turn* is the one block in about 220 latent frames after which "
+        "positions start low again; *kernel* has in place of the turning operations what the Triton kernel reads and "
+        "writes):",
         "",
         *table_of(head, moved),
         "What a store takes beside keys and values (bookkeeping, unturned time channels, what is needed for a moment), "

@@ -277,3 +277,9 @@ def test_a_scene_cut_switches_the_correction_off_for_its_segment_only():
         assert all(any(value != 1.0 for value in held[segment]) for segment in (1, 3))
         assert all(value == 1.0 for value in held[2]) == cut
         assert ("scene cut" in run.timeline.settings.get("correction", "")) == cut
+
+
+def test_the_report_says_which_form_every_operation_had():
+    _, run = sample(ALL["latent newton"])
+    assert run.timeline.settings["kernels"] == "multistep, relative L1 torch (no CUDA device)"
+    assert "kernels: multistep, relative L1 torch (no CUDA device)" in run.timeline.summary().splitlines()

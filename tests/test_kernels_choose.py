@@ -40,6 +40,11 @@ def test_the_kernel_runs_where_it_can(on_gpu) -> None:
     usage = Usage()
     assert doubled()(torch.ones(1), scale=3.0).item() == 3.0
     assert usage.line() == "doubling Triton"
+    other = Kernel("adding", lambda x: x, lambda x: x, lambda x: (True, ""))
+    assert other(torch.ones(1)).item() == 1.0
+    assert usage.line() == "adding, doubling Triton"
+    usage = Usage()
+    doubled()(torch.ones(1), scale=3.0)
     assert doubled()(torch.ones(1), scale=3.0, backend="torch").item() == 2.0
     assert usage.line() == "doubling Triton; doubling torch (asked for)"
 
@@ -95,7 +100,7 @@ def test_triton_needs_to_be_there_and_a_compiler_on_linux(monkeypatch, installed
     monkeypatch.setattr(choose.importlib.util, "find_spec", lambda name: installed)
     monkeypatch.setattr(choose.shutil, "which", lambda name: name if name in compilers else None)
     monkeypatch.setattr(choose.os, "name", "posix")
-    assert choose.triton_installed() == (not reason, reason)
+    assert choose.triton_installed.__wrapped__() == (not reason, reason)
 
 
 def test_importing_the_package_imports_no_triton() -> None:

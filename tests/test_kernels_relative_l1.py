@@ -13,7 +13,9 @@ from accel.call import Call, Kind
 from accel.kernels import choose, relative_l1
 from accel.kernels.choose import Usage
 from accel.kernels.relative_l1 import Look, group_relative_l1, supports, traffic
+from accel.schedule import step_matrix
 from accel.signals import SignalMeter
+from tests.kernel_counts import counted
 from tests.triton_interpreter import interpreted, needs_triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -129,6 +131,21 @@ def test_a_full_size_feature_is_read_and_written_once() -> None:
     assert moved.read + moved.written == pytest.approx(3 * now.nbytes, rel=1e-3)
     partial = 2 * 4 * 25 * -(-2040 * 1536 // relative_l1.CHUNK)
     assert moved == (2, 2 * now.nbytes + partial + 4 * 26, now.nbytes + partial + 4)
+
+
+def test_a_full_size_schedule_takes_two_launches_a_step() -> None:
+    """25 latent frames at 540p in bfloat16, 50 steps, blocks of 5 that start 5 rows apart: 70 steps with 1500 latent
+    frames in their windows and 1250 active ones, of which 25 were not seen before. Every 37th scalar of a latent frame
+    is compared, 3529 in all."""
+    matrix, meter, sketch = step_matrix(25, 50, 5, 5), SignalMeter(["latent"], 25), 3529
+    with counted(group_relative_l1, traffic) as counts:
+        for (first, last), active in zip(matrix.suffix_windows(), matrix.active.tolist(), strict=True):
+            width, flags = last - first, tuple(active[first:last])
+            call = Call(Kind.DENOISE, 0, 0, (first, last), (0.5,) * width, (1,) * width, flags, total_steps=50)
+            meter.measure({"latent": torch.empty(1, width, 16, 68, 120, dtype=torch.bfloat16, device="meta")}, call)
+    read = 2 * 1500 * sketch * 2 + 2 * 4 * 1225 + 4 * (1500 + 70)
+    written = 1500 * sketch * 2 + 2 * 4 * 1500 + 4 * 70
+    assert (counts.calls, counts.sums) == (70, (2 * 70, read, written))
 
 
 def test_what_the_kernel_does_not_take_has_a_reason() -> None:

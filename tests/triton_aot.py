@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,41 @@ def _frame_merge(function: str, arguments: str, integers: str, constants: Mappin
     return Case(f"frame_merge_triton:{function}", types, constants, loose, warps, wide_loads=wide_loads)
 
 
+def _relative_l1_sketch() -> Case:
+    """Scalars at a stride: what is remembered is contiguous, and no row of it needs to begin at a multiple of 16."""
+    dense = _relative_l1("bf16")
+    types = dict(dense.types) | {"now_stride": "i32"}
+    constants = {key: value for key, value in dense.constants.items() if key != "now_stride"}
+    loose = [name for name in types if types[name] == "i32"]
+    return replace(dense, types=types, constants=constants, loose=loose, wide_loads=0, long=True)
+
+
+def _time_turn(dtype: str, long: bool = False) -> Case:
+    integers = ("x_batch", "x_token", "x_head", "out_batch", "out_token", "out_head", "tokens", "each")
+    types = {"x": POINTERS[dtype], "cos": "*fp32", "sin": "*fp32", "out": POINTERS[dtype]}
+    constants = {"HEADS": 12, "CHANNELS": 44, "TURNED_HEADS": 1, "FLAT": True, "BLOCK": 1024}
+    return Case(
+        "time_turn_triton:turn",
+        types | dict.fromkeys(integers, "i32"),
+        constants,
+        ("x_head", "tokens", "each"),
+        long=long,
+    )
+
+
+def _multistep(dtype: str, points: int, long: bool = False) -> Case:
+    integers = (
+        "point_stride", "v_batch", "v_channel", "v_frame", "x_batch", "x_channel", "x_frame", "channels", "frames",
+        "size",
+    )  # fmt: skip
+    types = {"velocities": "*fp32", "table": "*fp32", "x": POINTERS[dtype], "out": POINTERS[dtype]}
+    constants = {"POINTS": points, "ENTRIES": 1, "FROM_X": True, "BLOCK": 1024}
+    return Case(
+        "multistep_triton:linear_step", types | dict.fromkeys(integers, "i32"), constants, ("frames",),
+        wide_loads=points + 1, long=long,
+    )  # fmt: skip
+
+
 CASES = {
     "frame similarities bf16": _frame_merge(
         "similarities",
@@ -124,17 +159,18 @@ CASES = {
         4,
     ),
     "listed tiles bf16": _listed_tiles("bf16", True, True),
-    "listed tiles fp16, plain": _listed_tiles("fp16", False, False),
+    "listed tiles fp16, plain": _listed_tiles("fp16", False, False, long=True),
     "listed tiles fp32": _listed_tiles("fp32", True, True, dim=64, long=True),
     "row totals bf16": _column_mass("row_totals", "bf16"),
     "column sums bf16": _column_mass("column_sums", "bf16"),
-    "column sums bf16, groups of 4": _column_mass("column_sums", "bf16", 4),
-    "row totals fp16, groups of 4": _column_mass("row_totals", "fp16", 4),
+    "column sums bf16, groups of 4": _column_mass("column_sums", "bf16", 4, long=True),
+    "row totals fp16, groups of 4": _column_mass("row_totals", "fp16", 4, long=True),
     "row totals fp32": _column_mass("row_totals", "fp32", dim=64, long=True),
     "column sums fp32": _column_mass("column_sums", "fp32", dim=64, long=True),
     "relative L1 bf16": _relative_l1("bf16"),
     "relative L1 fp32": _relative_l1("fp32", long=True),
     "relative L1 fp16": _relative_l1("fp16", long=True),
+    "relative L1 sketch": _relative_l1_sketch(),
     "relative L1 pooled": Case(
         "relative_l1_triton:pooled",
         {"partial": "*fp32", "table": "*fp32", "out": "*fp32", "columns": "i32", "pieces": "i32"},
@@ -142,6 +178,12 @@ CASES = {
         ("columns", "pieces"),
         wide_loads=0,
     ),
+    "time turn bf16": _time_turn("bf16"),
+    "time turn fp16": _time_turn("fp16", long=True),
+    "time turn fp32": _time_turn("fp32", long=True),
+    "multistep of 3 bf16": _multistep("bf16", 3),
+    "multistep of 3 fp32": _multistep("fp32", 3, long=True),
+    "multistep of 1 fp16": _multistep("fp16", 1, long=True),
 }
 
 

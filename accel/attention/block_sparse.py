@@ -15,19 +15,16 @@ be shorter. The result is exactly dense attention over the listed keys. Three im
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
 import itertools
 import math
-import os
-import shutil
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import listed_tiles
-from ..kernels.choose import Kernel, Verdict
+from ..kernels.choose import Kernel, Verdict, triton_installed
 from .dense import mask_dtype, per_head
 
 SCRATCH = 1 << 26
@@ -251,10 +248,9 @@ def supports(device: torch.device | str, dtype: torch.dtype, head_dim: int = 128
         return False, f"torch {torch.__version__} has no FlexAttention"
     if "compute_q_blocks" not in inspect.signature(BlockMask.from_kv_blocks).parameters:
         return False, f"torch {torch.__version__} cannot build a block mask without its transpose"
-    if importlib.util.find_spec("triton") is None:
-        return False, "Triton is not installed"
-    if os.name != "nt" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        return False, "Triton finds no C compiler"
+    ok, reason = triton_installed()
+    if not ok:
+        return False, reason
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return False, "it needs compute capability 8.0 or more"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):

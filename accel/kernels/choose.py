@@ -32,6 +32,7 @@ interpreter: Callable[[Callable], Any] | None = None
 _calls: Counter[tuple[str, str]] = Counter()
 
 
+@functools.cache
 def triton_installed() -> Verdict:
     """Whether Triton is there, and a C compiler where it needs one for its launchers."""
     if importlib.util.find_spec("triton") is None:
@@ -139,17 +140,17 @@ class Usage:
         self._before = dict(_calls)
 
     def calls(self) -> dict[tuple[str, str], int]:
-        """Calls by operation and form, in the order of first use in this process."""
+        """Calls by operation and form."""
         since = {key: count - self._before.get(key, 0) for key, count in _calls.items()}
         return {key: count for key, count in since.items() if count}
 
     def line(self) -> str:
-        """One line, as in ``relative L1 Triton; time turn, multistep step torch (no CUDA device)``; empty where no
+        """One line, as in ``relative L1 Triton; multistep, time turn torch (no CUDA device)``; empty where no
         operation was called."""
         forms: dict[str, list[str]] = {}
-        for name, form in self.calls():
+        for name, form in sorted(self.calls()):
             forms.setdefault(form, []).append(name)
-        return "; ".join(f"{', '.join(names)} {form}" for form, names in forms.items())
+        return "; ".join(f"{', '.join(forms[form])} {form}" for form in sorted(forms))
 
 
 @functools.cache
