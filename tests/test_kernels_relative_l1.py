@@ -148,6 +148,20 @@ def test_a_full_size_schedule_takes_two_launches_a_step() -> None:
     assert (counts.calls, counts.sums) == (70, (2 * 70, read, written))
 
 
+def test_on_a_gpu_the_second_kernel_is_tried_once_before_the_first_one_ever_writes(monkeypatch) -> None:
+    monkeypatch.setattr(relative_l1, "_rehearsed", set())
+    device, tried = torch.device("cuda", 0), []
+
+    def failing(*tensors):
+        raise RuntimeError("cannot be compiled")
+
+    with pytest.raises(RuntimeError):
+        relative_l1._rehearse(failing, device)
+    for _ in range(2):
+        relative_l1._rehearse(lambda *tensors: tried.append(tensors), device, torch.ones(1))
+    assert len(tried) == 1
+
+
 def test_what_the_kernel_does_not_take_has_a_reason() -> None:
     fine = look(1, (1,), 0, 8)
     assert supports([fine], [[1, 0.0]]) == (True, "")

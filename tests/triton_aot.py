@@ -107,6 +107,13 @@ def _relative_l1_sketch() -> Case:
     return replace(dense, types=types, constants=constants, loose=loose, wide_loads=0, long=True)
 
 
+def _ones(case: Case) -> Case:
+    """Integers that are 1, which the compiler is told as constants."""
+    types = {name: kind for name, kind in case.types.items() if not kind.startswith("i")}
+    ones = {name: 1 for name in case.types if name not in types}
+    return replace(case, types=types, constants={**case.constants, **ones}, loose=(), wide_loads=0, long=True)
+
+
 def _time_turn(dtype: str, long: bool = False) -> Case:
     integers = ("x_batch", "x_token", "x_head", "out_batch", "out_token", "out_head", "tokens", "each")
     types = {"x": POINTERS[dtype], "cos": "*fp32", "sin": "*fp32", "out": POINTERS[dtype]}
@@ -184,6 +191,10 @@ CASES = {
     "multistep of 3 bf16": _multistep("bf16", 3),
     "multistep of 3 fp32": _multistep("fp32", 3, long=True),
     "multistep of 1 fp16": _multistep("fp16", 1, long=True),
+}
+CASES |= {
+    f"{name}, ones": _ones(CASES[name])
+    for name in ("relative L1 bf16", "relative L1 pooled", "time turn bf16", "multistep of 3 bf16")
 }
 
 
