@@ -47,7 +47,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableSequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from numbers import Integral, Real
@@ -55,57 +55,14 @@ from statistics import median
 from typing import Any
 
 from .call import Call, Decision, Kind
+from .records import DECISIONS, SKIPS, Columns, Records, StepRecord
 from .timeline_report import log_line, summary, why_nothing_skipped
 from .timeline_svg import render
 
+__all__ = ["DECISIONS", "SKIPS", "StepRecord", "Timeline"]
+
 VERSION = 1
-SKIPS = ("predict", "cache")
-DECISIONS = ("recompute", *SKIPS, "commit", "prefill")
 ROW_UNITS = ("latent frame", "chunk")
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """What one guided model call did; fields as in the JSON of this module.
-
-    Raises:
-        ValueError: a decision that does not exist, or an interval that runs backwards.
-    """
-
-    segment: int
-    iteration: int
-    frames: tuple[int, int]
-    decision: str
-    sigma: float | None
-    window: tuple[int, int] | None = None
-    forced: str | None = None
-    sigmas: tuple[float, ...] | None = None
-    discrepancy: float | None = None
-    increment: float | None = None
-    threshold: float | None = None
-    order: int | str | None = None
-    corrected: float | None = None
-    queries: tuple[tuple[int, int], ...] | None = None
-    error: float | None = None
-    flops: int = 0
-    seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        decision = getattr(self.decision, "value", self.decision)
-        if decision not in DECISIONS:
-            raise ValueError(f"StepRecord: decision must be one of {', '.join(DECISIONS)}, got {decision!r}.")
-        window = self.frames if self.window is None else self.window
-        for name, (start, end) in (("frames", self.frames), ("window", window)):
-            if not 0 <= start <= end:
-                raise ValueError(
-                    f"StepRecord: {name} must be an interval [start, end) from 0 on, got [{start}, {end})."
-                )
-        object.__setattr__(self, "decision", decision)
-        object.__setattr__(self, "frames", tuple(self.frames))
-        object.__setattr__(self, "window", tuple(window))
-        object.__setattr__(self, "sigmas", None if self.sigmas is None else tuple(self.sigmas))
-        queries = None if self.queries is None else tuple((start, end) for start, end in self.queries)
-        object.__setattr__(self, "queries", queries)
 
 
 @dataclass(slots=True)
@@ -138,8 +95,8 @@ class Timeline:
     flops_full: int = 0
     state_bytes: int | None = None
     kv_bytes: int | None = None
-    records: list[StepRecord] = field(default_factory=list)
-    _columns: dict[tuple[int, int], int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    records: MutableSequence[StepRecord] = field(default_factory=Records)
+    _columns: Columns = field(default_factory=Columns, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if min(self.rows, self.columns) < 0 or min(self.branches, self.frames_per_row) < 1:
@@ -149,14 +106,14 @@ class Timeline:
             )
         if self.row_unit not in ROW_UNITS:
             raise ValueError(f"Timeline: row_unit must be one of {', '.join(ROW_UNITS)}, got {self.row_unit!r}.")
-        given, self.records = self.records, []
+        given, self.records = self.records, Records()
         for record in given:
             self.add(record)
 
     def add(self, record: StepRecord) -> None:
         """Appends a record."""
         self.records.append(record)
-        self._columns.setdefault((record.segment, record.iteration), len(self._columns))
+        self._columns.add(record)
         self.columns = max(self.columns, len(self._columns))
         self.rows = max(self.rows, -(-max(record.frames[1], record.window[1]) // self.frames_per_row))
 
@@ -198,7 +155,7 @@ class Timeline:
 
     def column(self, record: StepRecord) -> int:
         """Column of a record: iterations of the whole run in order of first appearance."""
-        return self._columns[record.segment, record.iteration]
+        return self._columns[record]
 
     def row_range(self, frames: tuple[int, int]) -> range:
         """Rows that latent frames ``[start, end)`` touch."""

@@ -173,7 +173,7 @@ def endless_text(part: Told) -> list[str]:
         f"{part['growth_percent_of_deciles']:.2f} % from first to last decile, and was "
         f"{part['resident_most'] / 1e6:.1f} MB at most. Median block of the last decile over the first: "
         f"{part['last_over_first']:.3f}; over blocks of a store that stood still, timed in between: "
-        f"{part['last_over_first_against_still']:.3f}. The timeline was not kept here: a whole one takes "
+        f"{part['last_over_first_against_still']:.3f}. The timeline is part of it: "
         f"{part['timeline_bytes_a_call']:.0f} bytes a call.",
         "",
         f"Memory grows by less than {FLAT:g} %: {flat}. Blocks take at most {LEVEL:g} times as long: {level}.",

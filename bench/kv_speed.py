@@ -18,7 +18,7 @@ from accel.engine import Run
 from accel.kv.budget import KVBudgetConfig
 from accel.sampling import causal_blocks
 from accel.schedule import flow_sigmas
-from accel.timeline import StepRecord, Timeline
+from accel.timeline import Timeline
 from demo.denoiser import TinyDenoiser
 from demo.generate import start_noise
 
@@ -27,15 +27,7 @@ from .kv_rollout import BLOCK, FORWARDS, SHIFT, SINK, STEPS, UNBOUNDED, WINDOW, 
 from .scenes import CAUSAL, loaded, prompt
 
 GLANCE = 5  # every so many blocks of the long rollout, one of a store that stands still is timed
-RECORDS = 2000  # that a timeline's size is measured with
-
-
-class Forgetful(Timeline):
-    """A timeline that keeps its last record only: the bytes of a whole one are measured by ``timeline_bytes``."""
-
-    def add(self, record: StepRecord) -> None:
-        """Replaces the record before."""
-        self.records[:] = [record]
+RECORDS = 10_000  # that a timeline's size is measured with, after as many that warm up
 
 
 @torch.inference_mode()
@@ -106,14 +98,15 @@ def rounds(
 def endless(extent: Extent, say: Callable[[str], None]) -> dict[str, Any]:
     """One rollout of ``extent.endless`` latent frames with a window and a sink: resident memory and block times.
 
-    The segments are dropped as they come; the noise of the whole video is there from the start. Between blocks, one
-    of a second store that stays at one length is timed, which tells a slower machine from a slower rollout.
+    The segments are dropped as they come, the timeline is kept; the noise of the whole video is there from the start.
+    Between blocks, one of a second store that stays at one length is timed, which tells a slower machine from a slower
+    rollout.
     """
     frames = extent.endless
     config = KVBudgetConfig(frames=extent.budget, sink=SINK)
     noise = start_noise(1, frames)
     denoiser = TinyDenoiser(loaded(CAUSAL), prompt(1), 1.0, rollout=frames, budget=config, calls=FORWARDS).sized(noise)
-    run = Run(Acceleration(kv_budget=config), denoiser, Forgetful(row_unit="chunk", frames_per_row=BLOCK))
+    run = Run(Acceleration(kv_budget=config), denoiser, Timeline(row_unit="chunk", frames_per_row=BLOCK))
     yardstick = Yardstick(config, extent.budget)
     blocks: list[tuple[float, int]] = []
     still: list[tuple[int, float]] = []
@@ -190,8 +183,9 @@ def timeline_bytes() -> float:
     """Bytes that a timeline keeps for each call of a causal rollout."""
     timeline, levels = Timeline(row_unit="chunk", frames_per_row=BLOCK), tuple(flow_sigmas(STEPS, SHIFT).tolist())
     tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    for number in range(RECORDS):
+    for number in range(2 * RECORDS):
+        if number == RECORDS:
+            before = tracemalloc.get_traced_memory()[0]
         index, step = divmod(number, STEPS)
         call = Call(
             Kind.DENOISE, index, step, (0, BLOCK), (levels[step],) * BLOCK, (step + 1,) * BLOCK, (True,) * BLOCK,
