@@ -37,6 +37,7 @@ from .gpu_report import figures, markdown
 
 RESULTS = Path(__file__).with_name("results")
 LIMIT = 500.0  # what is under way when it is over goes on
+VERSION = 1  # of what is written; raise it when parts measure otherwise, and what was written before counts no longer
 Say = Callable[[str], Any]
 
 
@@ -74,8 +75,8 @@ def run(
     toy, whole = extent is not WHOLE, Pace(seconds)
     known = folder / "gpu.json"
     told = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
-    if told.get("toy") is not toy:
-        told = {"toy": toy, "parts": {}}
+    if (told.get("version"), told.get("toy")) != (VERSION, toy):
+        told = {"version": VERSION, "toy": toy, "parts": {}}
     say(f"about {sum(PARTS[name].estimate for name in parts):.0f} s at full size on an H100 or H200")
     for name in (one for one in PARTS if one in parts):
         pace = Pace(min(PARTS[name].budget, whole.left))
@@ -100,10 +101,12 @@ def run(
 
 
 def write(folder: Path, told: dict[str, Any]) -> None:
-    """``gpu.json`` and ``gpu.md``."""
+    """``gpu.json`` and ``gpu.md``, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    (folder / "gpu.md").write_text(markdown(told) + "\n", encoding="utf-8")
+    for name, text in (("gpu.json", json.dumps(told, indent=1)), ("gpu.md", markdown(told))):
+        part = folder / f"{name}.part"
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(folder / name)
 
 
 def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

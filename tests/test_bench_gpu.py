@@ -131,9 +131,11 @@ def test_parts_are_kept_and_one_that_fails_stops_no_other(tmp_path, monkeypatch)
     assert json.loads((tmp_path / "gpu.json").read_text()) == json.loads(json.dumps(told))
 
 
-def test_figures_of_another_size_are_not_kept(tmp_path):
-    (tmp_path / "gpu.json").write_text(json.dumps({"toy": False, "parts": {"loops": {}}, "figures": {}}))
+@pytest.mark.parametrize("stale", [{"version": command.VERSION, "toy": False}, {"version": 0, "toy": True}])
+def test_figures_of_another_size_or_make_are_not_kept(tmp_path, stale):
+    (tmp_path / "gpu.json").write_text(json.dumps(stale | {"parts": {"loops": {}}, "figures": {}}))
     assert set(command.run(TOY, ["attention"], tmp_path, CPU, lambda line: None)["parts"]) == {"attention"}
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md"}
 
 
 def test_a_part_whose_time_is_over_says_so(tmp_path):
