@@ -53,7 +53,7 @@ FIGURES = (
 )
 """What has to be reached on an H200."""
 NOTE = (
-    "Wan 1.3B at full size with random weights, one CFG branch, forced decisions; medians of interleaved rounds after "
+    "{} with random weights, one CFG branch, forced decisions; medians of interleaved rounds after "
     "warm-up, loops the mean of runs forth and back. {} Device time is between events in the device's queue; the "
     "skipped step, blocks and loops are timed from an idle device to an idle device, host time included."
 )
@@ -80,7 +80,7 @@ def figures(parts: dict[str, Any], toy: bool) -> dict[str, dict[str, Any]]:
 def markdown(told: dict[str, Any]) -> str:
     """The tables."""
     title = "# On a GPU" if not told["toy"] else "# Toy size: it runs, which says nothing about speed"
-    lines = [title, "", NOTE.format(f"FLOPs: {CONVENTION}."), ""]
+    lines = [title, "", NOTE.format("A toy" if told["toy"] else "Wan 1.3B at full size", f"FLOPs: {CONVENTION}."), ""]
     lines += table_of(("figure", "goal", "measured", "reached"), (_figure(key, told) for key in told["figures"]))
     lines += _table([
         {"part": name, "seconds": f"{part['seconds']:.0f}"} | part["conditions"]
