@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 WEB := tests/web/node_modules/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv demo test test-long lint bench clean
+.PHONY: venv demo test test-long lint bench bench-gpu clean
 
 venv: $(STAMP)
 
@@ -37,6 +37,11 @@ test-long: venv $(WEB)
 bench: venv
 	$(BIN)/python -m bench $(if $(QUICK),--quick)
 	$(BIN)/python -m bench.kv $(if $(QUICK),--quick)
+
+# Any Python with torch for CUDA will do: make bench-gpu GPU_PYTHON=python3. TOY=1 runs it at toy size on the CPU.
+GPU_PYTHON ?= $(BIN)/python
+bench-gpu:
+	$(GPU_PYTHON) -m bench.gpu $(if $(TOY),--toy)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -59,11 +59,11 @@ def rope_rotations(frames: Tensor, height: int, width: int, head_dim: int) -> Te
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotates neighbouring channel pairs of ``x`` ``[B, tokens, heads, head_dim]``."""
+    """Rotates neighbouring channel pairs of ``x`` ``[B, tokens, heads, head_dim]``, in the rotations' float32."""
     pairs = x.unflatten(-1, (-1, 2))
     cos, sin = rotations[None, :, None, :, 0], rotations[None, :, None, :, 1]
     even, odd = pairs[..., 0], pairs[..., 1]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
