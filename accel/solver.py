@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .call import Family
+from .readback import on_device
 from .schedule import Interval, noise_table
 
 
@@ -78,8 +79,8 @@ class Solver(ABC):
                     f"{self._name}: latent frame {frame} cannot take step {step}; it has 1 to {self.steps}."
                 )
         precision = torch.promote_types(torch.promote_types(x.dtype, velocity.dtype), torch.float32)
-        moving = torch.tensor(active, dtype=torch.bool, device=x.device).view(1, 1, -1, 1, 1)
-        told = torch.tensor([computed] * width if isinstance(computed, bool) else list(computed), device=x.device)
+        moving = on_device(active, x.device, torch.bool).view(1, 1, -1, 1, 1)
+        told = on_device([computed] * width if isinstance(computed, bool) else list(computed), x.device)
         window, told = slice(start, end), told.view_as(moving)
         result = self._advance(x.to(precision), velocity.to(precision), steps, active, moving, window, told)
         return torch.where(moving, result.to(x.dtype), x)
@@ -104,7 +105,8 @@ class Solver(ABC):
     def _per_frame(self, values: Tensor, steps: Sequence[int], like: Tensor) -> Tensor:
         """Rows of ``values`` ``[n, N]`` for the step each latent frame takes, ``[n, 1, 1, T, 1, 1]``."""
         index = torch.tensor(steps).clamp(1, self.steps) - 1
-        return values[:, index].to(like.device, like.dtype)[:, None, None, :, None, None]
+        table = values[:, index].to(like.dtype).to(like.device, non_blocking=True)
+        return table[:, None, None, :, None, None]
 
 
 class EulerSolver(Solver):
@@ -172,7 +174,7 @@ class UniPCSolver(Solver):
         x0 = x - sigma * velocity
         carry, pull, back, ahead = weights[:4]
         corrected = carry * start + pull * (newest + back * (older - newest) + ahead * (x0 - newest))
-        first = torch.tensor(steps, device=x.device).view_as(moving) == 1
+        first = on_device([step == 1 for step in steps], x.device).view_as(moving)
         corrected = torch.where(first | ~computed, x, corrected)
         carry, pull, back = weights[4:]
         predicted = carry * corrected + pull * (x0 + back * (newest - x0))

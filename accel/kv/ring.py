@@ -159,7 +159,7 @@ class Ring:
             return
         places = slice(first * tokens, last * tokens)
         keys, _ = self.slots.part(places.start, places.stop)
-        positions = torch.arange(first, last).repeat_interleave(tokens) - base
+        positions = torch.arange(first, last, device=keys.device).repeat_interleave(tokens) - base
         self._plain[:, places] = self._rotary.turn(keys[..., : self._rotary.channels], -positions)
 
     def shift(self, frames: int, positions: int) -> None:
@@ -169,7 +169,9 @@ class Ring:
         tokens, sink = self.layout.tokens, self.layout.sink
         end = self.layout.held(frames) * tokens
         keys, _ = self.slots.part(sink * tokens, end)
-        turned = self._rotary.turn(keys[..., : self._rotary.channels], torch.full((keys.shape[1],), -positions))
+        turned = self._rotary.turn(
+            keys[..., : self._rotary.channels], torch.full((keys.shape[1],), -positions, device=keys.device)
+        )
         self.slots.write_time(sink * tokens, turned)
 
     def read(self, frames: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -230,7 +232,7 @@ class Ring:
         self._stands = stands
         pinned = min(first, layout.sink) * tokens
         if pinned:
-            frames = torch.arange(pinned // tokens).repeat_interleave(tokens)
+            frames = torch.arange(pinned // tokens, device=self._plain.device).repeat_interleave(tokens)
             turned = self._rotary.turn(self._plain[:, :pinned], layout.position(frames, newest) - base)
             self.slots.write_time(0, turned)
         if self.kept:
@@ -254,7 +256,7 @@ class Ring:
         tokens = self.layout.tokens
         parts = [self.slots.part(self.layout.slot(f) * tokens, (self.layout.slot(f) + 1) * tokens) for f in frames]
         keys, values = (torch.cat(side, 1) for side in zip(*parts, strict=True))
-        stand = torch.tensor(frames, device=keys.device).repeat_interleave(tokens)
+        stand = torch.arange(frames[0], frames[-1] + 1, device=keys.device).repeat_interleave(tokens)
         plain = None
         if self._plain is not None:
             plain = self._rotary.turn(keys[..., : self._rotary.channels], base - stand)
