@@ -11,7 +11,8 @@ itself and are given or refused here. So nothing can be read that is not counted
   not pinned);
 - ``sized``: the host waits for a size (``nonzero``, ``masked_select``, indexing by a mask, ``unique``);
 - ``upload``: a copy to the device that waits for it (``.to`` without ``non_blocking``, an index in host memory);
-- ``sent``: a copy into pinned memory beside the work; ``wait``: the host waits for such a copy.
+- ``sent``: a copy into pinned memory beside the work; ``wait``: the host waits for such a copy, told with how many
+  later ones are then still on their way (so the device has not run dry).
 
 A sent copy arrives only when its event is waited for (a GPU that is always behind), or at once with ``lag=False``;
 until then its memory holds NaN, so reading it early shows.
@@ -26,7 +27,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from accel import readback
@@ -79,7 +79,7 @@ def put(value):
         for module in value.modules():
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None:
-                    module._parameters[name] = nn.Parameter(There(parameter.detach()), requires_grad=False)
+                    module._parameters[name] = There(parameter.detach())
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None:
                     module._buffers[name] = There(buffer)
@@ -98,8 +98,7 @@ class StandIn(TorchDispatchMode):
         super().__init__()
         self.told: list[tuple[str, str, str]] = []
         self.lag, self._pinned, self._travelling = lag, set(), []
-        generator = torch.Generator
-        monkeypatch.setattr(torch, "Generator", lambda where="cpu": generator())
+        monkeypatch.setattr(torch, "Generator", _Generator)
         monkeypatch.setattr(readback, "alongside", lambda where: torch.device(where).type == NAME)
         monkeypatch.setattr(torch.cuda, "Event", lambda: _Event(self))
         monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
@@ -118,9 +117,9 @@ class StandIn(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        leaves = tree_leaves((args, kwargs))
-        there = [leaf for leaf in leaves if isinstance(leaf, There)]
-        here = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, There)]
+        tensors = [*_tensors(args), *_tensors(list(kwargs.values()))]
+        there = [tensor for tensor in tensors if isinstance(tensor, There)]
+        here = [tensor for tensor in tensors if not isinstance(tensor, There)]
         name = func.overloadpacket.__name__
         target = kwargs.get("device")
         lands = bool(there) if target is None else torch.device(target).type == NAME
@@ -136,11 +135,8 @@ class StandIn(TorchDispatchMode):
         self._count(func, name, args, kwargs, there, here, lands)
         if name == "copy_" and not isinstance(args[0], There) and isinstance(args[1], There):
             return self._bring(args[0], args[1], kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
-        out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
-        if lands and name not in ("equal",):
-            given = {id(leaf.held): leaf for leaf in there}
-            out = tree_map(lambda leaf: _wrapped(leaf, given), out)
-        return out
+        out = func(*_held(args), **{key: _held(value) for key, value in kwargs.items()})
+        return _wrapped(out, {id(leaf.held): leaf for leaf in there}) if lands and name != "equal" else out
 
     def _count(self, func, name, args, kwargs, there, here, lands) -> None:
         if func in READS:
@@ -186,6 +182,13 @@ class StandIn(TorchDispatchMode):
         del self._travelling[:count]
 
 
+class _Generator(torch.Generator):
+    """Random numbers of the stand-in are drawn on the CPU."""
+
+    def __new__(cls, where="cpu"):
+        return super().__new__(cls, "cpu")
+
+
 class _Event:
     """A CUDA event: what was sent before it is there once it was waited for."""
 
@@ -199,17 +202,31 @@ class _Event:
         return not any(one is two for one in self.behind for two in self.standin._travelling)
 
     def synchronize(self) -> None:
-        self.standin.note("wait", "synchronize")
+        travelling = self.standin._travelling
         if not self.query():
-            last = max(i for i, one in enumerate(self.standin._travelling) if any(one is two for two in self.behind))
+            last = max(i for i, one in enumerate(travelling) if any(one is two for two in self.behind))
             self.standin.arrive(last + 1)
+        self.standin.note("wait", f"{len(travelling)} behind")
 
 
-def _held(leaf):
-    return leaf.held if isinstance(leaf, There) else leaf
+def _held(value):
+    if isinstance(value, There):
+        return value.held
+    return type(value)(map(_held, value)) if isinstance(value, list | tuple) else value
 
 
-def _wrapped(leaf, given):
-    if not isinstance(leaf, torch.Tensor) or isinstance(leaf, There):
-        return leaf
-    return given.get(id(leaf)) or There(leaf)
+def _wrapped(value, given):
+    if isinstance(value, list | tuple):
+        return type(value)(_wrapped(one, given) for one in value)
+    if not isinstance(value, torch.Tensor) or isinstance(value, There):
+        return value
+    return given[id(value)] if id(value) in given else There(value)
+
+
+def _tensors(value):
+    """Every tensor in arguments."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors(one)
