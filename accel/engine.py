@@ -22,6 +22,7 @@ from .chunk_steps import ChunkSteps
 from .chunks import REFRESH, ChunkConfig, ChunkPolicies
 from .correct import ResidualCorrection, is_scene_cut
 from .denoiser import Denoiser
+from .graphs import keep_outside
 from .history import VelocityHistory
 from .kv.frozen import FrozenConfig, FrozenWindow
 from .late import UNMEASURED, LateDecisions
@@ -41,6 +42,7 @@ class Run(ChunkSteps, Readings, Resumable):
     ``ahead`` may be told of the next one, so that what its decision needs is on its way to the host early."""
 
     def __init__(self, acceleration: Acceleration, denoiser: Denoiser, timeline: Timeline) -> None:
+        keep_outside()
         self.acceleration, self.denoiser, self.timeline = acceleration, denoiser, timeline
         timeline.branches = denoiser.branches
         self._frames = 0

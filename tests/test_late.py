@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,7 +106,8 @@ def test_exact_decisions_do_not_depend_on_when_the_signal_is_sent(part, monkeypa
     late, other = sample(Acceleration(**part))
     assert torch.equal(early, late) and run.timeline.late is None
     told = [
-        [(r.decision, r.increment, r.discrepancy, r.error, r.flops) for r in x.timeline.records] for x in (run, other)
+        [repr((r.decision, r.increment, r.discrepancy, r.error, r.flops)) for r in x.timeline.records]
+        for x in (run, other)
     ]
     assert told[0] == told[1]
 
@@ -203,8 +205,6 @@ def _copy(policy):
     ids=["known beforehand", "one of two is exact", "kept K/V need it"],
 )
 def test_where_something_is_needed_in_time_all_is_exact(acceleration):
-    from dataclasses import replace
-
     parts = {name: getattr(acceleration, name) for name in ("scheduler", "history_guided")}
     told = {name: replace(part, decision="exact") for name, part in parts.items() if part is not None}
     out, run = sample(acceleration)

@@ -1,0 +1,72 @@
+"""Models compiled by core's Torch Compile Model inside ComfyUI, for test_compile.py: facts to the last line.
+
+Arguments: the diffusion-forcing checkpoint, the causal checkpoint, and ``inductor`` to compile with it (which takes
+minutes); else the same wrapper gets a backend that counts the graphs and runs them as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import comfy.sd
+import torch
+import torch._dynamo
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+sys.path.append(str(Path(__file__).parent))
+from node_runs import CAUSAL, empty, facts, node, refusal, sample  # noqa: E402
+
+from nodes import NODE_CLASS_MAPPINGS as NODES  # noqa: E402
+
+graphs: list[int] = []
+
+
+def count(graph, inputs):
+    graphs.append(len(inputs))
+    return graph.forward
+
+
+def compiled(model, backend: str):
+    """What Torch Compile Model makes of a model; with our counter in the place of a compiler where asked."""
+    clone = NODES["TorchCompileModel"].execute(model, "inductor")[0]
+    if backend == "count":
+        kwargs = clone.model_options["torch_compile_kwargs"]
+        set_torch_compile_wrapper(model=clone, backend=count, options=kwargs["options"])
+    return clone
+
+
+def compare(name: str, model, latent, backend: str, **settings) -> None:
+    torch._dynamo.reset()
+    graphs.clear()
+    try:
+        plain, totals = sample(model, latent, **settings)
+        out, other = sample(compiled(model, backend), latent, **settings)
+    except Exception as error:
+        facts[name] = {"error": f"{type(error).__name__}: {error}"[:600]}
+        return
+    made = len(graphs)
+    sample(compiled(model, backend), latent, **settings)
+    facts[name] = {
+        "difference": float((out - plain).norm() / plain.norm()), "same calls": totals["calls"] == other["calls"],
+        "calls": totals["calls"], "graphs": made, "graphs of a second run": len(graphs) - made,
+    }  # fmt: skip
+
+
+def main(frames_file: str, causal_file: str, backend: str = "count") -> None:
+    model, latent = comfy.sd.load_diffusion_model(frames_file), empty(20)
+    compare("plain", model, latent, backend)
+    fast = node("ARVATriModalScheduler", model, 0.2, 0.9, "log-snr", "1", 0.75, 5, 1, 0.0)[0]
+    compare("suffix window", node("ARVAActiveFrameWindow", fast, "suffix")[0], latent, backend)
+    compare("frozen K/V", node("ARVAActiveFrameWindow", fast, "frozen K/V", 0.5, "log-signal")[0], latent, backend)
+    compare("next clip", fast, latent, backend, mode="next clip")
+    causal, short = comfy.sd.load_diffusion_model(causal_file), empty(14)
+    compare("core's store", causal, short, backend, **CAUSAL)
+    bounded = node("ARVAKVCacheBudget", causal, 9.0, "latent frames", "window", 1)[0]
+    compare("bounded store", bounded, short, backend, **CAUSAL | {"cfg": 2.0})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    print(json.dumps(facts))
