@@ -23,8 +23,8 @@ from demo.denoiser import TinyDenoiser
 from demo.model import TinyConfig, TinyWan
 from tests.fakes import video
 
-TABLE = flow_sigmas(3, 3.0)
-NOISE = torch.randn(1, 16, 15, 4, 4, generator=torch.Generator().manual_seed(2))
+TABLE = flow_sigmas(2, 3.0)
+NOISE = torch.randn(1, 16, 9, 4, 4, generator=torch.Generator().manual_seed(2))
 BUDGET = KVBudgetConfig(frames=5, sink=1)
 recordings = []
 
@@ -47,7 +47,7 @@ def denoiser(guidance: float = 2.0, budget=BUDGET, ann=None) -> TinyDenoiser:
     torch.manual_seed(0)
     config = TinyConfig(24, 24, 2, 2, freq_dim=16, causal_ar=True, block=2)
     model = TinyWan(config).eval().requires_grad_(False)
-    prompts = {0: torch.ones(1, 4, 64), 5: torch.zeros(1, 4, 64)}
+    prompts = {0: torch.ones(1, 4, 64), 3: torch.zeros(1, 4, 64)}
     return TinyDenoiser(model, prompts, guidance, NOISE.shape[2], budget=budget, ann=ann).sized(NOISE)
 
 
@@ -57,8 +57,11 @@ def roll(one, acceleration: Acceleration | None = None, block: int = 2):
         return video(causal_blocks(run, NOISE, block, TABLE)), run
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize("acceleration", [Acceleration(), Acceleration(scheduler=SchedulerConfig(warmup=1))])
+@pytest.mark.parametrize(
+    ("guidance", "acceleration"),
+    [(2.0, Acceleration()), (1.0, Acceleration(scheduler=SchedulerConfig(), compute_last=False))],
+    ids=["guided", "with skips"],
+)
 def test_a_replayed_rollout_is_the_rollout(guidance, acceleration):
     """Over many blocks, prompts that change, a sink that is turned, skips, commits and a shorter last block."""
     plain, expected = roll(denoiser(guidance), acceleration)
@@ -75,10 +78,10 @@ def test_one_graph_serves_every_forward_of_a_block_length():
     calls, model = [], graphed._denoiser.model.forward
     graphed._denoiser.model.forward = lambda *given: calls.append(1) or model(*given)
     roll(graphed)
-    forwards = 8 * (3 + 1)
-    ring_fills = 2 * (3 + 1)  # two blocks of two beside one frame of sink: the ring is full in the third
+    layout, of_a_block = memory(BUDGET).layout, 2 + 1
+    filling = sum(layout.held(end) < layout.whole_frames for end in (2, 4, 6, 8, 9))
     assert graphed.graphs == len(recordings) == 2  # blocks of two latent frames, and the last one of one
-    assert len(calls) == ring_fills + 2 * len(recordings) < forwards
+    assert 0 < filling < 4 and len(calls) == filling * of_a_block + 2 * len(recordings)
     assert graphed.reason == ""
 
 
@@ -113,10 +116,10 @@ def test_buckets_are_keys_shapes_and_dtypes():
 
 
 def test_graphs_are_dropped_when_the_store_moves():
-    graphed = GraphedDenoiser(denoiser(budget=KVBudgetConfig(frames=7, sink=1)), traced, anywhere)
+    graphed = GraphedDenoiser(denoiser(budget=KVBudgetConfig(frames=6, sink=1)), traced, anywhere)
     segments = causal_blocks(Run(Acceleration(), graphed, Timeline()), NOISE, 2, TABLE)
     with torch.no_grad():
-        pieces = [next(segments) for _ in range(5)]
+        pieces = [next(segments) for _ in range(4)]
         before = graphed._addresses
         assert graphed.graphs == 1 and graphed.lower() is not None
         pieces += list(segments)
