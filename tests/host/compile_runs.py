@@ -64,9 +64,8 @@ def main(frames_file: str, causal_file: str, backend: str = "count") -> None:
     compare("plain", model, latent, backend, **small)
     fast = node("ARVATriModalScheduler", model, 0.2, 0.9, "log-snr", "1", 0.75, 5, 1, 0.0)[0]
     compare("suffix window", node("ARVAActiveFrameWindow", fast, "suffix")[0], latent, backend, **small)
-    compare(
-        "frozen K/V", node("ARVAActiveFrameWindow", fast, "frozen K/V", 0.5, "log-signal")[0], latent, backend, **small
-    )
+    frozen = node("ARVAActiveFrameWindow", fast, "frozen K/V", 0.0, "log-signal")[0]
+    compare("frozen K/V", frozen, latent, backend, segment=12, steps=4, ar_step=4)  # one block after the other
     compare("next clip", fast, latent, backend, mode="next clip", **small)
     causal, short = comfy.sd.load_diffusion_model(causal_file), empty(14)
     few = CAUSAL | {"steps": 2}
