@@ -42,6 +42,8 @@ LOOPS = {
     "causal blocks, re-noised": ("tiny-causal", ROLLOUT, lambda run, x: causal_blocks(run, x, 2, TABLE, 5)),
 }
 ROLLOUTS = {"long rollout": ("tiny-causal", LONG, lambda run, x: causal_blocks(run, x, 2, flow_sigmas(2, 3.0)))}
+QUICK = ("staircase", "causal blocks")
+EVERY = [loop if loop in QUICK else pytest.param(loop, marks=pytest.mark.long) for loop in LOOPS]
 PLANNED = SchedulerConfig()
 MEASURED = SchedulerConfig(TriModalConfig(0.02, 0.2), "current")
 GUIDED = HistoryGuidedConfig(0.3, warmup=1)
@@ -88,13 +90,13 @@ def last_of_segments(run) -> int:
     return len({record.segment for record in denoised(run)})
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", EVERY)
 def test_the_plain_loops_never_wait_and_send_nothing(loop, on_stand_in):
     _, _, standin = on_stand_in(loop, Acceleration())
     assert standin.told == []
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", EVERY)
 def test_signals_of_the_noise_levels_never_wait(loop, on_stand_in):
     """What is sent is the error of each computed call, which nobody waits for."""
     _, run, standin = on_stand_in(loop, Acceleration(scheduler=PLANNED, correction=CorrectionConfig()))
@@ -113,7 +115,7 @@ RUN_TIME = {
 }
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", EVERY)
 def test_signals_from_the_device_cost_one_vector_and_one_wait_a_call(loop, on_stand_in):
     """All signals and what a computed call tells of itself travel together."""
     _, run, standin = on_stand_in(loop, RUN_TIME[loop])
@@ -146,7 +148,12 @@ NODES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NODES)
+SLOWER = ("Chunk Cache on noise levels", "Shared Prefix Cache", "KV Cache Budget, window", "KV Cache Budget, 8-bit")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in SLOWER else name for name in NODES]
+)
 def test_no_node_makes_the_host_wait_more_often(name, on_stand_in):
     loop, acceleration, waits = NODES[name]
     _, run, standin = on_stand_in(loop, acceleration)
