@@ -32,6 +32,6 @@ def test_a_compiled_model_makes_the_same_video_in_the_same_calls(host, name) -> 
     assert told["difference"] < 1e-5 and told["same calls"]
 
 
-@pytest.mark.parametrize("name", ["plain", "suffix window", "next clip", "core's store", "bounded store"])
+@pytest.mark.parametrize("name", ["plain", "suffix window", "next clip", "core's store"])
 def test_it_is_compiled_for_kinds_of_forwards_and_not_for_steps(host, name) -> None:
     assert 1 <= host[name]["graphs"] <= 8
