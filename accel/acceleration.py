@@ -12,6 +12,7 @@ from .chunks import ChunkConfig
 from .correct import CorrectionConfig
 from .kv.budget import KVBudgetConfig
 from .kv.frozen import FrozenConfig
+from .late import EXACT, check_when
 from .policy import ThresholdPolicy, TriModalConfig, check_warmup
 from .predict import Guards, check_prediction
 from .signals import HOST_SIGNALS, SIGNALS
@@ -26,15 +27,19 @@ class HistoryGuidedConfig:
         signal: ``auto``, ``mod``, ``block0`` or ``current`` (methods as in ``signals.resolve_history_signal``).
         max_skip: most skips in a row.
         warmup: first solver steps of every chunk that are always computed; 2 gives the correction its two points.
+        decision: ``exact``, or ``one step late``: with the change of the call before and its trend, so that the host
+            never waits for the device (see ``late``); it takes effect where every measured signal's config says so.
     """
 
     delta: float = 0.10
     signal: str = "auto"
     max_skip: int | None = 5
     warmup: int = 2
+    decision: str = EXACT
 
     def __post_init__(self) -> None:
         ThresholdPolicy(self.delta, self.max_skip)
+        check_when("History-Guided Cache", self.decision)
         if self.signal not in ("auto", "mod", "block0", "current"):
             raise ValueError(
                 f"History-Guided Cache: signal is {self.signal!r}; use auto, mod, block0 or current "
@@ -57,6 +62,7 @@ class SchedulerConfig:
         warmup: first solver steps of every chunk that are always computed.
         quality: PSNR in dB to hold, or a level of ``auto.QUALITIES``: the run finds its own thresholds from the errors
             it measures, and of ``thresholds`` only ``max_skip`` counts. None takes ``thresholds`` as they are.
+        decision: as in ``HistoryGuidedConfig``; signals of the noise levels are known in time either way.
 
     The defaults are the row "balanced" of ``make bench`` (``tiny-df``, 3.5 times fewer FLOPs).
     """
@@ -68,8 +74,15 @@ class SchedulerConfig:
     warmup: int = 1
     reach: float | None = 1.5
     quality: float | str | None = None
+    decision: str = EXACT
 
     def __post_init__(self) -> None:
+        check_when("Tri-Modal Scheduler", self.decision)
+        if self.quality is not None and self.decision != EXACT:
+            raise ValueError(
+                f"Tri-Modal Scheduler: decision is {self.decision!r}, but a quality target needs the errors of the "
+                f"call before; use {EXACT}, or thresholds in place of the target."
+            )
         if self.quality is not None:
             AutoConfig(self.quality)
         known = (*HOST_SIGNALS, *SIGNALS)

@@ -64,7 +64,7 @@ class ChunkSteps:
         by_chunk = config.signal in names
         if by_chunk:
             names[:1] = [frames[0] for frames in chunks]
-        values, finite, metered = self._metered(call, x, chunks if by_chunk else None)
+        values, finite, metered = self._metered(call, x)
         changes |= dict(zip(names, values, strict=True))
         cost += metered
         return (changes if finite else dict.fromkeys(changes, math.nan)), cost

@@ -23,31 +23,28 @@ from .chunks import REFRESH, ChunkConfig, ChunkPolicies
 from .correct import ResidualCorrection, is_scene_cut
 from .denoiser import Denoiser
 from .followers import Followers
+from .graphs import keep_outside
 from .history import VelocityHistory
 from .kernels.choose import Usage
 from .kv.frozen import FrozenConfig, FrozenWindow
-from .policy import FixedPolicy, Policy, ThresholdPolicy, TriModalPolicy, told_reason
+from .late import UNMEASURED, LateDecisions
+from .policy import FixedPolicy, Policy, ThresholdPolicy, TriModalPolicy, ask, told_reason
 from .predict import Guards, hold, predict
-from .readback import Readback
+from .readback import Readback, on_device
+from .readings import Readings
 from .run_state import Resumable
-from .signals import (
-    HOST_SIGNALS,
-    SIGNALS,
-    SignalMeter,
-    level_step,
-    remember_levels,
-    resolve_history_signal,
-)
+from .signals import SIGNALS, SignalMeter, resolve_history_signal
 from .timeline import Timeline
 
 __all__ = ["Acceleration", "Denoiser", "HistoryGuidedConfig", "Run", "SchedulerConfig"]
 
 
-class Run(ChunkSteps, Followers, Resumable):
-    """State of one sampling run. ``begin_segment`` before the first call of each segment, then ``step`` for every
-    call."""
+class Run(ChunkSteps, Followers, Readings, Resumable):
+    """State of one sampling run: ``begin_segment``, ``step`` for every call, ``end_segment``. Between two calls
+    ``ahead`` may be told of the next one, so that what its decision needs is on its way to the host early."""
 
     def __init__(self, acceleration: Acceleration, denoiser: Denoiser, timeline: Timeline) -> None:
+        keep_outside()
         self.acceleration, self.denoiser, self.timeline = acceleration, denoiser, timeline
         timeline.branches = denoiser.branches
         self._kernels = Usage()
@@ -58,8 +55,12 @@ class Run(ChunkSteps, Followers, Resumable):
         self._replay = FixedPolicy(acceleration.replay, rewind=False) if acceleration.replay is not None else None
         self._auto = _auto_policy(acceleration)
         self._meter: SignalMeter | None = None
-        self._checks = Readback()
+        self._readback = Readback()
         self._checked: list[int] = []
+        self._unsent: Tensor | None = None
+        self._looked: tuple[Call, Tensor, int] | None = None
+        self._ahead_seconds = 0.0
+        self._late: LateDecisions | None = None
         self._openings: dict[str, list[float]] = {}
         self._frozen: FrozenWindow | None = None
         self._chunks: ChunkPolicies | None = None
@@ -74,7 +75,8 @@ class Run(ChunkSteps, Followers, Resumable):
         if self._history is None or self._history.frames != frames:
             self._history = VelocityHistory(frames, depth=3)
         self._history.clear()
-        self._frames, self._checks, self._checked = frames, Readback(), []
+        self._frames, self._readback, self._checked = frames, Readback(), []
+        self._unsent = self._looked = None
         self._levels: dict[int, float] = {}
         self._watching = self._correction is not None
         self._policies = self._make_policies(prefix > 0)
@@ -90,10 +92,11 @@ class Run(ChunkSteps, Followers, Resumable):
         if self._frozen is not None and self._frozen.signal in SIGNALS:
             names.append(self._frozen.signal)
         self._meter = SignalMeter(names, frames) if names else None
+        self._late = LateDecisions(self.timeline) if self._decides_late else None
 
     def step(self, call: Call, x: Tensor) -> tuple[Tensor, bool]:
         """Velocity of the window ``x`` ``[B, C, T, H, W]`` and whether it is true (computed, not held or predicted)."""
-        started = time.perf_counter()
+        started, self._ahead_seconds = time.perf_counter() - self._ahead_seconds, 0.0
         if call.kind is not Kind.DENOISE:
             velocity = self.denoiser.velocity(call, x)
             self._record(call, None, started, flops=self.denoiser.flops(call, x.shape[2]))
@@ -186,42 +189,6 @@ class Run(ChunkSteps, Followers, Resumable):
             self.timeline.settings["history signal"] = note
         return name
 
-    def _measure(self, call: Call, x: Tensor) -> tuple[dict[str, float], int]:
-        """Increment of every signal since the last call, in one readback, and what the measuring cost."""
-        if (not self._policies or self._replay is not None) and self._meter is None:
-            return {}, 0
-        measured = {name: level_step(name, self._levels, call) for _, name in self._policies if name in HOST_SIGNALS}
-        remember_levels(self._levels, call)
-        values, finite, cost = self._metered(call, x)
-        if self._meter is not None:
-            measured |= dict(zip(self._meter.names, values, strict=True))
-        return (measured if finite else dict.fromkeys(measured, float("nan"))), cost
-
-    def _metered(
-        self, call: Call, x: Tensor, parts: Sequence[tuple[int, int]] | None = None
-    ) -> tuple[list[float], bool, int]:
-        """What the meter says (see ``SignalMeter.measure``), whether the forwards known by now were finite, and what
-        the measuring cost."""
-        if self._meter is None:
-            return *self._read([]), 0
-        features = {kind: self.denoiser.feature(kind, call, x) for kind in self._meter.kinds}
-        cost = sum(self.denoiser.feature_flops(kind, call, x.shape[2]) for kind in self._meter.kinds)
-        return *self._read([self._meter.measure(features, call, parts)]), cost
-
-    def _read(self, pending: list[Tensor]) -> tuple[list[float], bool]:
-        """Values of ``pending``, in one readback (none where it is empty), and whether the forwards known by now were
-        finite; their skip errors go into the timeline."""
-        values = torch.cat(pending).tolist() if pending else []
-        finite = True
-        for (ok, *numbers), indices in self._checks.arrived(wait=self._auto is not None):
-            finite = finite and ok == 1.0
-            for index, error in zip(indices, numbers, strict=False):
-                self.timeline.told_error(index, error)
-            if self._auto is not None:
-                self._auto.told(numbers[len(indices) :])
-                self.timeline.settings["auto"] = self._auto.note()
-        return values, finite
-
     def _watch_for_cut(self, call: Call, measured: dict[str, float]) -> None:
         """A segment whose first measured increment towers over those of the segments before it is a scene cut: the
         first segment's trajectory says nothing about it. Noise-level signals look the same in every scene."""
@@ -250,29 +217,22 @@ class Run(ChunkSteps, Followers, Resumable):
     def _decide(self, call: Call, measured: dict[str, float], forced: str | None) -> tuple[Decision, dict]:
         if self._auto is not None:
             self._auto.look(call, self._history)
+        if forced is None and self._late is not None and not self._late.ready:
+            forced = UNMEASURED
         if forced is not None:
             for policy, _ in self._policies:
                 policy.force()
             increment = next(iter(measured.values()), None)
             return Decision.RECOMPUTE, {"forced": None if forced == "off" else forced, "increment": increment}
-        counts = self._history.count(call.active_frames)
-        can_predict = max(counts) >= 2 and call.family is not Family.RENOISE
-        answers = []
-        for policy, name in self._policies:
-            value = measured.get(name, 0.0) if name is not None else 0.0
-            decision = policy.decide(value, can_cache=True, can_predict=can_predict)
-            if decision is Decision.PREDICT and self._too_far(call):
-                policy.force()
-                decision, policy.reason = Decision.RECOMPUTE, "reach"
-            answers.append((decision, policy, value))
-        severity = (Decision.CACHE, Decision.PREDICT, Decision.RECOMPUTE)
-        decision, policy, value = max(answers, key=lambda answer: severity.index(answer[0]))
+        can_predict = max(self._history.count(call.active_frames)) >= 2 and call.family is not Family.RENOISE
+        if self._late is not None:
+            decision, policy, value = self._late.ask(self._policies, measured, can_predict, self._too_far(call))
+        else:
+            read = [(policy, measured.get(name, 0.0) if name is not None else 0.0) for policy, name in self._policies]
+            decision, policy, value = ask(read, can_predict, self._too_far(call))
         told = {"discrepancy": policy.accumulated, "threshold": policy.threshold, "increment": value, "forced": None}
         if decision is Decision.RECOMPUTE:
             told["forced"] = told_reason(policy.reason, call.family is Family.RENOISE, self._holds)
-            for other in self._policies:
-                if other[0] is not policy:
-                    other[0].force()
         return decision, told
 
     @property
@@ -327,7 +287,7 @@ class Run(ChunkSteps, Followers, Resumable):
         parts = [velocity[:, :, first - call.frames[0] : last - call.frames[0]] for first, last in groups]
         finite = torch.stack([torch.isfinite(part).all() for part in parts]).all().float()
         self._checked = []
-        self._checks.send(torch.cat((torch.stack((finite, *expected)), *sum(learned, []))), self._checked)
+        self._unsent = torch.cat((torch.stack((finite, *expected)), *sum(learned, [])))
 
     def _expected(self, call: Call, kept: Tensor, frames: tuple[int, int]) -> tuple[Tensor, list[Tensor]]:
         """Relative L2 error of what a skip would have answered in place of ``kept`` (the window's true velocity, or
@@ -399,7 +359,7 @@ class Run(ChunkSteps, Followers, Resumable):
 
 
 def _per_frame(sigmas: Iterable[float], x: Tensor) -> Tensor:
-    return torch.tensor(tuple(sigmas), dtype=torch.float32, device=x.device)[None, None, :, None, None]
+    return on_device(tuple(sigmas), x.device, torch.float32)[None, None, :, None, None]
 
 
 def _auto_policy(acceleration: Acceleration) -> AutoPolicy | None:

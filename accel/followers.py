@@ -25,7 +25,7 @@ class Followers:
         is added to the last record. Arguments as for ``step``.
         """
         started = time.perf_counter()
-        _, finite = self._read([])
+        finite = self._forwards_were_finite()
         self.timeline.flops_full += self.denoiser.full_flops(call, self._frames)
         flops = 0
         if true := not (finite and self._serves(call, decision)):

@@ -8,7 +8,7 @@ Chunk-wise decisions (FlowCache, arXiv 2602.10825) are one policy object per chu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -23,6 +23,7 @@ __all__ = [
     "ThresholdPolicy",
     "TriModalConfig",
     "TriModalPolicy",
+    "ask",
 ]
 
 
@@ -76,6 +77,18 @@ class Answers:
         """This call was recomputed by force (warm-up, last call, new frames): r = 0 and no skips in a row."""
         self._recompute(None)
         self.accumulated = None
+
+    def impose(self, decision: Decision, discrepancy: float) -> None:
+        """In place of ``decide`` or ``force``: what this call does is settled, whatever the policy would say, and this
+        was its increment, which is left out if it is not usable."""
+        if decision is Decision.RECOMPUTE:
+            self.force()
+            return
+        kept = self._decay if decision is Decision.PREDICT else 1.0
+        before = self._sum
+        self._skip(decision, kept * self.accumulated if self._add(discrepancy) else before)
+
+    _decay = 1.0  # what a PREDICT leaves of the sum
 
     @property
     def _capped(self) -> bool:
@@ -199,7 +212,7 @@ class TriModalPolicy(Answers):
     """
 
     def __init__(self, config: TriModalConfig) -> None:
-        self.config = config
+        self.config, self._decay = config, config.decay
         super().__init__(config.max_skip)
 
     def decide(self, discrepancy: float, can_cache: bool = True, can_predict: bool = True) -> Decision:
@@ -218,7 +231,7 @@ class TriModalPolicy(Answers):
             self.threshold = tau_cache
             return self._skip(Decision.CACHE, self.accumulated) if can_cache else self._recompute("no history")
         if can_predict:
-            return self._skip(Decision.PREDICT, self.config.decay * self.accumulated)
+            return self._skip(Decision.PREDICT, self._decay * self.accumulated)
         middle = 0.5 * (tau_cache + tau_predict)
         if can_cache and tau_cache > 0.0 and self.accumulated < middle:
             self.threshold = middle
@@ -303,6 +316,29 @@ class IntervalPolicy(Answers):
         if self._capped:
             return self._recompute("cap")
         return self._planned(self.skip, discrepancy, can_cache, can_predict)
+
+
+def ask(policies: Sequence[tuple[Policy, float]], can_predict: bool, too_far: bool) -> tuple[Decision, Policy, float]:
+    """What several policies decide together: the most careful answer, the policy that gave it and its increment.
+
+    Args:
+        policies: each with the increment of this call. can_predict: as of ``Policy.decide``. too_far: whether a
+            prediction would reach too far ahead, so that the call is computed instead.
+    """
+    answers = []
+    for policy, value in policies:
+        decision = policy.decide(value, can_cache=True, can_predict=can_predict)
+        if decision is Decision.PREDICT and too_far:
+            policy.force()
+            decision, policy.reason = Decision.RECOMPUTE, "reach"
+        answers.append((decision, policy, value))
+    severity = (Decision.CACHE, Decision.PREDICT, Decision.RECOMPUTE)
+    chosen = max(answers, key=lambda answer: severity.index(answer[0]))
+    if chosen[0] is Decision.RECOMPUTE:
+        for _, policy, _ in answers:
+            if policy is not chosen[1]:
+                policy.force()
+    return chosen
 
 
 def check_warmup(node: str, value: int) -> None:

@@ -1,9 +1,37 @@
-"""Small results on their way from the device to the host, so that no step waits for them."""
+"""Small numbers on their way between host and device, so that neither waits for the other."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
+
+
+def alongside(device: torch.device) -> bool:
+    """Whether copies from this device to the host run beside its work."""
+    return device.type == "cuda"
+
+
+def on_device(values: Sequence, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of host numbers on the device; the host does not wait until the device takes it, as
+    ``torch.tensor(values, device=device)`` would."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+@dataclass(slots=True)
+class Label:
+    """What a vector is about.
+
+    Attributes:
+        signals: how many of its first numbers are increments of signals.
+        checked: records of the timeline that what follows them (a flag whether a forward was finite, an error a record,
+            what the quality target learns) is about; may be filled in later.
+    """
+
+    signals: int = 0
+    checked: list[int] = field(default_factory=list)
 
 
 class Readback:
@@ -14,11 +42,11 @@ class Readback:
     """
 
     def __init__(self) -> None:
-        self._sent: list[tuple[Tensor, torch.cuda.Event | None, list[int]]] = []
+        self._sent: list[tuple[Tensor, torch.cuda.Event | None, Label]] = []
 
-    def send(self, values: Tensor, label: list[int]) -> None:
-        """Queues ``values`` ``[n]``; ``label`` comes back with them and may be filled in later."""
-        if not values.is_cuda:
+    def send(self, values: Tensor, label: Label) -> None:
+        """Queues ``values`` ``[n]``; ``label`` comes back with them."""
+        if not alongside(values.device):
             self._sent.append((values, None, label))
             return
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -27,15 +55,19 @@ class Readback:
         event.record()
         self._sent.append((host, event, label))
 
-    def arrived(self, wait: bool = False) -> list[tuple[list[float], list[int]]]:
-        """What is there by now, oldest first; ``wait`` blocks until everything is."""
-        found = []
-        while self._sent:
-            values, event, label = self._sent[0]
-            if event is not None and not event.query():
-                if not wait:
-                    break
-                event.synchronize()
-            del self._sent[0]
-            found.append((values.tolist(), label))
-        return found
+    def arrived(self, leave: int | None = None) -> list[tuple[list[float], Label]]:
+        """Vectors not handed over before, oldest first.
+
+        Args:
+            leave: how many of the newest are left for later; all others are waited for, in one go. None waits for
+                nothing and hands over what is there by now.
+        """
+        count = len(self._sent) - (leave or 0)
+        if count < 1:
+            return []
+        if leave is None:
+            count = next((n for n, (_, event, _) in enumerate(self._sent) if event and not event.query()), count)
+        elif (event := self._sent[count - 1][1]) is not None:
+            event.synchronize()  # the older ones lie before it on the same stream
+        taken, self._sent = self._sent[:count], self._sent[count:]
+        return [(values.tolist(), label) for values, _, label in taken]

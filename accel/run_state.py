@@ -64,6 +64,7 @@ class Resumable:
         was recorded of the attempt is dropped, and it is made once more."""
         records, full = len(self.timeline.records), self.timeline.flops_full
         place = self._replay.place if self._replay is not None else 0
+        late = self.timeline.late and dict(self.timeline.late)
         try:
             return make()
         except torch.OutOfMemoryError:
@@ -76,7 +77,7 @@ class Resumable:
                 "video, smaller blocks, 8-bit storage or cfg 1."
             )
         del self.timeline.records[records:]
-        self.timeline.flops_full = full
+        self.timeline.flops_full, self.timeline.late = full, late
         if self._replay is not None:
             self._replay.place = place
         self.timeline.settings["out of memory"] = f"segment {segment} was made again with {lowered}"
@@ -104,6 +105,7 @@ def continue_timeline(timeline: Timeline, earlier: Timeline) -> None:
         timeline.settings.setdefault(key, value)
     timeline.flops_full += earlier.flops_full
     timeline.state_bytes, timeline.kv_bytes = earlier.state_bytes, earlier.kv_bytes
+    timeline.late = earlier.late
     for record in earlier.records:
         timeline.add(record)
 

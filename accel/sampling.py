@@ -236,20 +236,36 @@ def _denoise_segment(run, index, start, clean, x, plan, levels, solver, history_
     told = matrix.sigmas(levels)
     told[:, :clean] = history_noise
     generator = torch.Generator(x.device).manual_seed(index) if history_noise and clean else None
-    rows = zip(matrix.index.tolist(), matrix.active.tolist(), told.tolist(), windows, strict=True)
-    for iteration, (steps, active, sigmas, (first, last)) in enumerate(rows):
-        part = slice(first, last)
-        call = Call(
-            Kind.DENOISE, index, iteration, (first, last), tuple(sigmas[part]), tuple(steps[part]), tuple(active[part]),
-            start, step_solver.family, plan.steps,
-        )  # fmt: skip
-        window = x[:, :, part]
-        shown = _noised(window, clean - first, history_noise, generator) if generator is not None else window
-        velocity, true = run.step(call, shown)
-        moved = step_solver.step(window, velocity, call.steps, call.active, call.frames, true)
+    calls = [
+        Call(
+            Kind.DENOISE, index, iteration, (first, last), tuple(sigmas[first:last]), tuple(steps[first:last]),
+            tuple(active[first:last]), start, step_solver.family, plan.steps,
+        )
+        for iteration, (steps, active, sigmas, (first, last)) in enumerate(
+            zip(matrix.index.tolist(), matrix.active.tolist(), told.tolist(), windows, strict=True)
+        )
+    ]  # fmt: skip
+
+    def shown(call: Call, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The window of a call, and what the model sees of it."""
+        window = x[:, :, slice(*call.frames)]
+        noised = generator is not None
+        return window, _noised(window, clean - call.frames[0], history_noise, generator) if noised else window
+
+    window, given = shown(calls[0], x)
+    for call, following in zip(calls, [*calls[1:], None], strict=True):
+        velocity, true = run.step(call, given)
+        moved, (first, last) = (
+            step_solver.step(window, velocity, call.steps, call.active, call.frames, true),
+            call.frames,
+        )
         x = moved if (first, last) == (0, frames) else torch.cat((x[:, :, :first], moved, x[:, :, last:]), 2)
+        if following is not None:
+            window, given = shown(following, x)
+            run.ahead(following, given)
         if progress is not None:
             progress(call, x)
+    run.end_segment()
     return x
 
 
@@ -284,19 +300,25 @@ def _denoise_block(run, index, offset, x, levels, renoise_seed, progress) -> Ten
     frames, steps = x.shape[2], levels.numel() - 1
     family = Family.ODE if renoise_seed is None else Family.RENOISE
     sigmas = levels.tolist()
-    for step in range(1, steps + 1):
-        call = Call(
+    calls = [
+        Call(
             Kind.DENOISE, index, step - 1, (0, frames), (sigmas[step - 1],) * frames, (step,) * frames,
             (True,) * frames, offset, family, steps,
-        )  # fmt: skip
+        )
+        for step in range(1, steps + 1)
+    ]  # fmt: skip
+    for step, (call, following) in enumerate(zip(calls, [*calls[1:], None], strict=True), 1):
         velocity, _ = run.step(call, x)
         if renoise_seed is None:
             x = x + (sigmas[step] - sigmas[step - 1]) * velocity
         else:
             denoised = x - sigmas[step - 1] * velocity
             x = _renoised(denoised, sigmas[step], renoise_seed + index * 1000 + step - 1)
+        if following is not None:
+            run.ahead(following, x)
         if progress is not None:
             progress(call, x)
+    run.end_segment()
     return x
 
 

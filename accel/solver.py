@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .call import Family
 from .kernels.multistep import linear_step
+from .readback import on_device
 from .schedule import Interval, noise_table
 
 
@@ -185,7 +186,7 @@ class UniPCSolver(Solver):
         x0 = x - sigma * velocity
         carry, pull, back, ahead = weights[:4]
         corrected = carry * start + pull * (newest + back * (older - newest) + ahead * (x0 - newest))
-        first = torch.tensor(steps).view(moving.shape).to(x.device, non_blocking=True) == 1
+        first = on_device([step == 1 for step in steps], x.device).view_as(moving)
         corrected = torch.where(first | ~computed, x, corrected)
         carry, pull, back = weights[4:]
         predicted = carry * corrected + pull * (x0 + back * (newest - x0))

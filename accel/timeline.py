@@ -36,6 +36,9 @@ JSON (``Timeline.to_json``, version 1)::
         "flop_ratio": null,                flops_full / flops
         "seconds": 65.2,
         "seconds_full_estimate": 151.0,    every skipped call at the median time of a recompute; null without one
+        "late": {"decisions": 41, "differ": 3},
+                                           where decisions are taken one step late: how many, and how many of them the
+                                           exact rule would have taken otherwise
         "state_bytes": 40000000,           where it was set; kv_bytes are not part of it
         "kv_bytes": 90000000}}             of kept keys and values, where any were
 
@@ -81,6 +84,7 @@ class Timeline:
         flops_full: FLOPs of an unaccelerated run of the same schedule, 0 where unknown.
         state_bytes: most memory that the acceleration's own state took, without kept K/V.
         kv_bytes: most memory that kept keys and values took; None where none are kept.
+        late: decisions taken one step late, and those of them that differ from the exact ones; None where none is.
         records: in the order of the run.
     """
 
@@ -95,6 +99,7 @@ class Timeline:
     flops_full: int = 0
     state_bytes: int | None = None
     kv_bytes: int | None = None
+    late: dict[str, int] | None = None
     records: MutableSequence[StepRecord] = field(default_factory=Records)
     _columns: Columns = field(default_factory=Columns, init=False, repr=False, compare=False)
 
@@ -184,6 +189,8 @@ class Timeline:
             "seconds": seconds,
             "seconds_full_estimate": kept + skipped * median(computed) if computed else None,
         }
+        if self.late is not None:
+            totals["late"] = dict(self.late)
         if self.state_bytes is not None:
             totals["state_bytes"] = self.state_bytes
         if self.kv_bytes is not None:
@@ -235,6 +242,7 @@ class Timeline:
             flops_full=totals.get("flops_full") or 0,
             state_bytes=totals.get("state_bytes"),
             kv_bytes=totals.get("kv_bytes"),
+            late=totals.get("late"),
             records=records,
         )
 

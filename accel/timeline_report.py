@@ -85,6 +85,7 @@ def summary(timeline: Timeline) -> str:
         _reasons_line(timeline),
         cost_line(timeline),
         _error_line(timeline),
+        _late_line(timeline),
         timeline.settings.get("auto"),
         *note_lines(timeline),
         *memory_lines(timeline),
@@ -163,6 +164,14 @@ def _error_line(timeline: Timeline) -> str:
         return ""
     mean, worst = figures(sum(errors) / len(errors)), figures(max(errors))
     return f"predicted against true velocity: mean relative error {mean}, worst {worst} ({len(errors)} compared)"
+
+
+def _late_line(timeline: Timeline) -> str:
+    """What deciding one step late changed; empty where all decisions are exact."""
+    if timeline.late is None:
+        return ""
+    decisions, differ = timeline.late["decisions"], timeline.late["differ"]
+    return f"decided one step late: {differ} of {decisions} decisions differ from the exact rule's"
 
 
 def _nearest(records: list[StepRecord]) -> str:

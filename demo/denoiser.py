@@ -16,6 +16,7 @@ from accel.kv.frozen import FrozenKV, FrozenView
 from accel.kv.memory import KVMemory, make_memory
 from accel.kv.rotary import TimeRotary
 from accel.kv.store import KVStore
+from accel.readback import on_device
 
 from .model import PATCH, TinyWan, block_causal_mask
 from .prompt import TEXT_DIM, TOKENS
@@ -76,7 +77,7 @@ class TinyDenoiser:
         prompt, time positions and the K/V store (None for a model without one)."""
         first, last = call.queries or call.frames
         asked, store = slice(first - call.frames[0], last - call.frames[0]), None
-        positions = torch.arange(first, last)
+        positions = torch.arange(first, last, device=x.device)
         if call.queries is not None:
             store = self._kept.view(call.queries, call.frames)
         elif self.model.config.causal_ar:
@@ -104,7 +105,7 @@ class TinyDenoiser:
         _, e0 = model.embed_time(sigma)
         if kind == "timestep":
             return e0
-        tokens, rotations = model.embed(x, torch.arange(call.frames[0], call.frames[1]))
+        tokens, rotations = model.embed(x, torch.arange(*call.frames, device=x.device))
         if kind == "modulated":
             return model.blocks[0].modulated(tokens, e0).unflatten(1, (x.shape[2], -1))
         context = model.text_embedding(self.context(call)[: len(x)])
@@ -174,7 +175,7 @@ class TinyDenoiser:
         return self
 
     def _told(self, call: Call, x: Tensor) -> Tensor:
-        sigmas = torch.tensor(call.sigmas, dtype=torch.float32)
+        sigmas = on_device(call.sigmas, x.device, torch.float32)
         if self.shares_time and any(call.active):
             sigmas = sigmas.max().expand(len(sigmas))
         return sigmas[None].expand(x.shape[0], -1)

@@ -17,8 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from accel.kv.memory import KVMemory
-
 MODELS = Path(__file__).with_name("weights") / "diffusion_models"
 PATCH = 2
 ROPE_THETA = 10000.0
@@ -89,7 +87,7 @@ class SelfAttention(nn.Module):
 
 class Block(nn.Module):
     """One Wan block; a ``store`` with ``append(layer, k, v) -> (k, v)`` gives self-attention the keys and values to
-    read; a ``KVMemory`` attends itself."""
+    read; one with ``attend``, such as a ``KVMemory``, attends itself."""
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
@@ -117,7 +115,7 @@ class Block(nn.Module):
         y = modulate(self.norm1(x), shift, scale)
         q, k, v = self.self_attn.project(y, y)
         q, k = rotate(q, rotations), rotate(k, rotations)
-        if isinstance(store, KVMemory):
+        if hasattr(store, "attend"):
             attended = store.attend(layer, q, k, v).flatten(2)
         else:
             attended = attend(q, *((k, v) if store is None else store.append(layer, k, v)), mask)

@@ -14,6 +14,7 @@ from comfy_api.latest import io
 
 from ..accel.correct import SOURCES, CorrectionConfig
 from ..accel.engine import Acceleration, HistoryGuidedConfig, SchedulerConfig
+from ..accel.late import WHEN
 from ..accel.policy import TriModalConfig
 from ..accel.signals import HISTORY_CHOICES, HOST_SIGNALS, SIGNALS
 from .host_stock import under_stock_samplers
@@ -31,6 +32,11 @@ ORDER = (
     "or whichever the history allows (auto)."
 )
 REACH = "How far ahead a prediction may reach, in distances between the last two computed steps; 0 sets no limit."
+DECISION = (
+    "exact waits at every step until the change is measured; one step late decides with the change of the step before "
+    "and its trend, so the GPU never runs dry, and the report counts the decisions that come out differently. Signals "
+    "of the noise levels alone never wait."
+)
 WARMUP = "First steps of every block of latent frames that are always computed."
 
 
@@ -90,14 +96,19 @@ class ARVAHistoryGuidedCache(io.ComfyNode):
                 io.Int.Input("max_skip", default=GUIDED.max_skip, min=1, max=100, advanced=True,
                              tooltip=MAX_SKIP),
                 io.Int.Input("warmup", default=GUIDED.warmup, min=1, max=100, advanced=True, tooltip=WARMUP),
+                io.Combo.Input("decision", options=list(WHEN), default=GUIDED.decision, advanced=True, optional=True,
+                               tooltip=DECISION),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip=EVERYWHERE)],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model: io.Model.Type, threshold: float, signal: str, max_skip: int, warmup: int) -> io.NodeOutput:
+    def execute(
+        cls, model: io.Model.Type, threshold: float, signal: str, max_skip: int, warmup: int,
+        decision: str = GUIDED.decision,
+    ) -> io.NodeOutput:  # fmt: skip
         with inputs_of("History-Guided Cache", delta="threshold"):
-            config = HistoryGuidedConfig(threshold, signal, max_skip, warmup)
+            config = HistoryGuidedConfig(threshold, signal, max_skip, warmup, decision)
         return io.NodeOutput(describe(model, history_guided=config))
 
 
@@ -132,6 +143,8 @@ class ARVATriModalScheduler(io.ComfyNode):
                 io.Int.Input("warmup", default=SCHEDULED.warmup, min=1, max=100, advanced=True, tooltip=WARMUP),
                 io.Float.Input("reach", default=SCHEDULED.reach, min=0.0, max=100.0, step=0.1, round=0.01,
                                advanced=True, tooltip=REACH),
+                io.Combo.Input("decision", options=list(WHEN), default=SCHEDULED.decision, advanced=True, optional=True,
+                               tooltip=DECISION),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip=EVERYWHERE)],
         )  # fmt: skip
@@ -139,11 +152,13 @@ class ARVATriModalScheduler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model: io.Model.Type, cache_below: float, predict_below: float, signal: str, order: str, decay: float,
-        max_skip: int, warmup: int, reach: float,
+        max_skip: int, warmup: int, reach: float, decision: str = SCHEDULED.decision,
     ) -> io.NodeOutput:  # fmt: skip
         with inputs_of("Tri-Modal Scheduler", tau_cache="cache_below", tau_predict="predict_below"):
             thresholds = TriModalConfig(cache_below, predict_below, decay, max_skip)
-            config = SchedulerConfig(thresholds, signal, ORDERS[order], warmup=warmup, reach=reach or None)
+            config = SchedulerConfig(
+                thresholds, signal, ORDERS[order], warmup=warmup, reach=reach or None, decision=decision
+            )
         return io.NodeOutput(describe(model, scheduler=config))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..accel.call import Call
+from ..accel.graphs import outside_graphs
 from ..accel.kv.frozen import FrozenKV
 
 ATTENTION = "optimized_attention_override"
@@ -31,6 +32,9 @@ class KeptAttention:
     def __init__(self, layers: int, frames: int, tokens: int) -> None:
         self._shape = (layers, frames, tokens)
         self._stores: dict[int, FrozenKV] = {}
+        self._override = (
+            self.override
+        )  # one object for all calls: a compiled model would take each new one for a change
 
     @property
     def nbytes(self) -> int:
@@ -39,26 +43,27 @@ class KeptAttention:
 
     def attention(self, call: Call, inner: Callable | None) -> Callable[..., Tensor]:
         """The override for one guided call. ``inner`` is the override it takes the place of."""
-        last, answered = [None], set()
+        self._call, self._inner, self._last, self._answered = call, inner, None, set()
+        return self.override
 
-        def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            options = kwargs.get("transformer_options") or {}
-            layer = options.get("block_index")
-            if layer is not None and layer != last[0]:  # a block's self-attention comes before its cross-attention
-                branches = options["cond_or_uncond"]
-                asked = {(layer, branch) for branch in branches}
-                if len(asked) < len(branches) or asked & answered:
-                    raise ValueError(
-                        "AR Segment Sampler: several conditionings are used at the same time, which kept K/V cannot "
-                        "serve; use one positive and one negative, or remove Active Frame Window, Shared Prefix Cache "
-                        "and Chunk Cache."
-                    )
-                answered.update(asked)
-                k, v = self._complete(layer, k, v, branches, call)
-            last[0] = layer
-            return func(q, k, v, *args, **kwargs) if inner is None else inner(func, q, k, v, *args, **kwargs)
-
-        return override
+    @outside_graphs
+    def override(self, func: Callable, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Attention of the call that ``attention`` was told of, as core calls an override."""
+        options, inner = kwargs.get("transformer_options") or {}, self._inner
+        layer = options.get("block_index")
+        if layer is not None and layer != self._last:  # a block's self-attention comes before its cross-attention
+            branches = options["cond_or_uncond"]
+            asked = {(layer, branch) for branch in branches}
+            if len(asked) < len(branches) or asked & self._answered:
+                raise ValueError(
+                    "AR Segment Sampler: several conditionings are used at the same time, which kept K/V cannot "
+                    "serve; use one positive and one negative, or remove Active Frame Window, Shared Prefix Cache "
+                    "and Chunk Cache."
+                )
+            self._answered.update(asked)
+            k, v = self._complete(layer, k, v, branches, self._call)
+        self._last = layer
+        return func(q, k, v, *args, **kwargs) if inner is None else inner(func, q, k, v, *args, **kwargs)
 
     def _complete(self, layer: int, k: Tensor, v: Tensor, branches: list[int], call: Call) -> tuple[Tensor, Tensor]:
         shares = zip(branches, k.chunk(len(branches)), v.chunk(len(branches)), strict=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..accel.call import Call, Kind
 from ..accel.flops import WanShape
 from ..accel.kv.frozen import frozen_bytes
+from ..accel.readback import on_device
 from .host_attention import ATTENTION, KeptAttention
 from .prompts import at_segment
 
@@ -204,7 +205,7 @@ class HostDenoiser:
 
     def _levels(self, call: Call, x: Tensor) -> Tensor:
         """What the model is told, ``[T]``, or ``[1]`` where all frames share it."""
-        levels = torch.tensor(call.sigmas, dtype=torch.float32, device=x.device)
+        levels = on_device(call.sigmas, x.device, torch.float32)
         return levels.max()[None] if self.shares_time else levels
 
     def _context(self, batch: int) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..accel.acceleration import Acceleration
 from ..accel.attention.prompt import PromptConfig
 from ..accel.call import Call, Kind
+from ..accel.graphs import outside_graphs
 from ..accel.kv.budget import StoreShape
 from ..accel.kv.memory import KVMemory, make_memory
 from ..accel.kv.rotary import TimeRotary
@@ -41,6 +42,7 @@ class LayerStore:
         self.branches: list[int] | None = None
         self.written = 0
 
+    @outside_graphs
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.written += len(k)
         return self.memory.attend(self.layer, q, k, v, self.branches)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..accel.attention.prompt import PromptAttention, PromptConfig
 from ..accel.flops import attention_flops
+from ..accel.graphs import outside_graphs
 
 TEXT_ATTENTION = "WanT2VCrossAttention"
 
@@ -33,6 +34,7 @@ class HostPrompt:
         self.fresh = True
         self._unread = 0
 
+    @outside_graphs
     def attend(self, layer: int, module: torch.nn.Module, x: Tensor, context: Tensor) -> Tensor:
         """Cross-attention of a layer before its output projection; ``x`` ``[branches * B, n, D]``."""
         count, heads = len(self.branches), module.num_heads

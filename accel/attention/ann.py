@@ -238,7 +238,7 @@ class AnnAttention:
         if layer not in self._projections:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + layer)
             matrix = torch.randn(k.shape[-1], self.config.bits, generator=generator)
-            self._projections[layer] = matrix.to(k.device)
+            self._projections[layer] = matrix.to(k.device, non_blocking=True)
         return self._projections[layer]
 
     def _count(self, q: Tensor, k: Tensor, always: list[Interval]) -> None:

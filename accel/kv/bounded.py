@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..readback import on_device
 from .grouping import HeadGrouping
 from .ring import Layout, Ring
 from .rotary import TimeRotary
@@ -136,6 +137,25 @@ class BoundedStore:
             sides = (side.index_select(2, part.heads) for side in (queries, keys, values))
             out.index_copy_(2, part.heads, self._read(place, part, *sides, fresh))
         return out
+
+    def open(self) -> None:
+        """Makes room for the block that was begun in all layers at once, instead of in each one's first ``attend``;
+        only where nothing has to be known of its queries: no middle, no groups of heads, and every layer has run."""
+        first, frames = self._block
+        for layer in sorted(self._unopened):
+            self._rings[layer].open(layer, first, frames, self._base, None)
+        self._unopened.clear()
+
+    def places(self, device: torch.device) -> Tensor:
+        """Where the tokens of the block that was begun lie in every layer, int64 ``[n]``."""
+        first, frames = self._block
+        starts = [self.layout.slot(frame) * self.layout.tokens for frame in range(first, first + frames)]
+        return (on_device(starts, device)[:, None] + torch.arange(self.layout.tokens, device=device)).flatten()
+
+    def slots(self, layer: int) -> Slots | None:
+        """The allocation of a layer; None before its first forward."""
+        ring = self._rings[layer]
+        return None if ring is None else ring.slots
 
     def commit(self) -> None:
         """The forward just made was of clean frames, which are history now."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..call import Call
+from ..graphs import outside_graphs
 from ..signals import HOST_SIGNALS, level_step, remember_levels
 
 Interval = tuple[int, int]
@@ -191,6 +192,7 @@ class FrozenView:
     def __init__(self, store: FrozenKV, queries: Interval, window: Interval) -> None:
         self._store, self._queries, self._window = store, queries, window
 
+    @outside_graphs
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole window, those just made among them."""
         return self._store.exchange(layer, key, value, self._queries, self._window)

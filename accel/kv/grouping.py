@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..readback import on_device
 from .head_groups import HeadGroups, HeadGroupsConfig, classify, part_masses, ring_frames
 from .ring import Layout, Ring
 from .slots import PlainSlots
@@ -64,7 +65,7 @@ class HeadGrouping:
         if not near:
             return [ring]
         layouts = group_layouts(ring.layout, len(near), len(full), self.config.near, self._block, self.since)
-        heads = [torch.tensor(group, dtype=torch.int64, device=ring.slots.keys.device) for group in (full, near)]
+        heads = [on_device(group, ring.slots.keys.device, torch.int64) for group in (full, near)]
         parts = _moved(ring, layouts, heads, self.since)
         return [
             ring.part(layout, group, slots) for layout, group, slots in zip(layouts, heads, parts, strict=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..attention.ann import AnnAttention, AnnConfig
 from ..attention.dense import attend
+from ..graphs import outside_graphs
 from ..timeline_report import quantity
 from .bounded import Attention, BoundedStore
 from .budget import IMPORTANCE, MERGE, KVBudgetConfig, StoreShape, plan
@@ -118,6 +119,7 @@ class KVMemory:
         """What sparse attention has saved since ``begin``, all branches and layers."""
         return self._saved() - self._unread
 
+    @outside_graphs
     def attend(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, branches: Sequence[int] | None = None
     ) -> Tensor:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..graphs import outside_graphs
+
 
 class KVStore:
     """Rotated keys and plain values of every layer, ``[B, tokens, heads, head_dim]``, in one allocation a layer.
@@ -35,6 +37,7 @@ class KVStore:
         """A forward of the latent frames ``[first, first + frames)`` follows; returns the position of the first."""
         return first
 
+    @outside_graphs
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values a block may see: all committed ones and its own, views of the store.
 
