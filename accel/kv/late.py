@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..readback import Readback
+from ..readback import Label, Readback
 
 
 class LateCounts:
@@ -27,14 +27,14 @@ class LateCounts:
         """Sends for what was added since the last time; what is queued from now on need not be waited for."""
         if self._new:
             counts, numbers = zip(*self._new, strict=True)
-            self._readback.send(torch.stack(numbers), [])
+            self._readback.send(torch.stack(numbers), Label())
             self._sent.append(list(counts))
             self._new = []
 
     def receive(self) -> None:
         """Waits for everything."""
         self.send()
-        for numbers, _ in self._readback.arrived(wait=True):
+        for numbers, _ in self._readback.arrived(leave=0):
             for count, number in zip(self._sent.pop(0), numbers, strict=True):
                 count.value = int(number)
 
