@@ -170,7 +170,7 @@ class StandIn(TorchDispatchMode):
         else:
             self.note("sent", "copy_")
             self._travelling.append((onto, source.held.clone()))
-            onto.fill_(float("nan"))
+            onto.fill_(float("nan") if onto.is_floating_point() else -(2**30))
             if not self.lag:
                 self.arrive()
         return onto

@@ -49,7 +49,7 @@ class Told:
         self.reads.append(len(values))
         self._waiting.append(([30.0] * len(values) if values.is_meta else values.tolist(), label))
 
-    def arrived(self, wait=False):
+    def arrived(self, leave):
         waiting, self._waiting = self._waiting, []
         return waiting
 

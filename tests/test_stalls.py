@@ -183,6 +183,15 @@ def test_the_timestep_signal_of_chunks_is_planned_in_one_read(on_stand_in):
     assert {where for kind, _, where in standin.told if kind == "read"} == {"accel/signals.py:planned_changes"}
 
 
+def test_temporal_merge_waits_once_a_block_for_all_layers(on_stand_in):
+    merging = KVBudgetConfig(frames=8, keep="temporal-merge", recent=1)
+    _, run, standin = on_stand_in("long rollout", Acceleration(kv_budget=merging))
+    blocks = len({record.segment for record in run.timeline.records})
+    counts = standin.counts()
+    assert 0 < counts["wait"] <= blocks
+    assert standin.places("read", "sized", "upload") == Counter()
+
+
 @pytest.mark.parametrize(("loop", "config"), [("staircase", MEASURED), ("causal blocks", LATE)], ids=["exact", "late"])
 def test_a_device_that_is_behind_decides_as_a_cpu_does(loop, config, on_stand_in):
     acceleration = Acceleration(scheduler=config)
