@@ -112,7 +112,10 @@ def sample_segments(
         told = {"positive": positive, "negative": negative, "start frames": _start_latent(model.model_options)}
         sampler.stream, sampler.describe = stream, partial(describe_run, model, told, above=above)
     noise = comfy.sample.prepare_noise(samples, job.seed, latent.get("batch_index"))
-    video = guider.sample(noise, samples, sampler, job.table.float(), seed=job.seed)
+    try:
+        video = guider.sample(noise, samples, sampler, job.table.float(), seed=job.seed)
+    finally:
+        model.unpatch_model(unpatch_weights=False)  # core leaves a clone's patches in until it loads another
     audience.tell(done=True)
     return latent | {"samples": video.to(comfy.model_management.intermediate_device())}
 
