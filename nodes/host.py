@@ -23,7 +23,7 @@ from ..accel.engine import Acceleration, Run
 from ..accel.timeline import Timeline
 from .host_denoiser import CausalHostDenoiser, HostDenoiser, per_frame_sampling
 from .host_identity import describe_run, graph_digest
-from .host_kv import BoundedHostDenoiser, with_own_store
+from .host_kv import BoundedHostDenoiser, take_patches_off, with_own_store
 from .host_live import Audience
 from .host_progress import Progress
 from .host_stream import SegmentStream
@@ -115,7 +115,7 @@ def sample_segments(
     try:
         video = guider.sample(noise, samples, sampler, job.table.float(), seed=job.seed)
     finally:
-        model.unpatch_model(unpatch_weights=False)  # core leaves a clone's patches in until it loads another
+        take_patches_off(model)
     audience.tell(done=True)
     return latent | {"samples": video.to(comfy.model_management.intermediate_device())}
 

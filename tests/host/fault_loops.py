@@ -17,6 +17,7 @@ COMMON = {
     "solver": "auto", "shift": 3.0, "history_noise": 0.0,
 }  # fmt: skip
 CAUSAL = COMMON | {"steps": 3, "solver": "euler"}
+FEW = CAUSAL | {"steps": 2}
 STREAM = {"fps": 16.0, "format": "mkv", "resume": True, "every": 1, "context": 2}
 SCHEDULED = ("ARVATriModalScheduler", 0.2, 0.9, "log-snr", "1", 0.75, 5, 1, 0.0)
 CORRECTED = ("ARVAResidualCorrection", "seg1_l1")
@@ -63,16 +64,15 @@ LOOPS = {
     "core store": Loop("causal", (SCHEDULED,), CAUSAL | {"cfg": 1.0, "steps": 5}, 10, prompts=True),
     "guided": Loop("causal", (), CAUSAL | {"solver": "re-noise"}, 10, prompts=True),
     "window": Loop("causal", (SCHEDULED, budget("window")), CAUSAL | {"steps": 4}, 16),
-    "importance-redundancy": Loop("causal", (budget("importance-redundancy"),), CAUSAL, 16),
-    "temporal-merge": Loop("causal", (budget("temporal-merge"),), CAUSAL, 16),
+    "importance-redundancy": Loop("causal", (budget("importance-redundancy", frames=14.0),), FEW, 24),
+    "temporal-merge": Loop("causal", (budget("temporal-merge", frames=14.0),), FEW, 24),
     "head-groups": Loop("causal", (budget("head-groups"),), CAUSAL, 16),
-    "8-bit": Loop("causal", (budget("importance-redundancy", "8-bit", frames=19.0),), CAUSAL | {"cfg": 1.0, "steps": 2}, 28),
-    "offload": Loop("causal", (budget("temporal-merge", offload=4, frames=20.0),), CAUSAL | {"cfg": 1.0, "steps": 2}, 28),
+    "8-bit": Loop("causal", (budget("importance-redundancy", "8-bit", frames=24.0),), FEW | {"cfg": 1.0}, 28),
+    "offload": Loop("causal", (budget("temporal-merge", offload=4, frames=24.0),), FEW | {"cfg": 1.0}, 28),
     "sparse": Loop(
-        "causal", (budget("window"), ("ARVAANNAttention", 0.33, 1, 12, "head", True, 0.5)), CAUSAL | {"cfg": 1.0}, 16,
-        prompts=True,
+        "causal", (("ARVAANNAttention", 0.1, 1, 12, "head", True, 0.5),), FEW | {"cfg": 1.0}, 24, prompts=True
     ),
-    "streamed blocks": Loop("causal", (SCHEDULED, budget("temporal-merge")), CAUSAL, 16, stream="blocks"),
+    "streamed blocks": Loop("causal", (SCHEDULED, budget("temporal-merge", frames=14.0)), FEW, 24, stream="blocks"),
     "streamed segments": Loop("frames", (SCHEDULED, CORRECTED), COMMON, 12, vae=True, stream="segments"),
 }  # fmt: skip
 
@@ -84,7 +84,7 @@ codec = node("ARVATinyCodec")[0]
 
 def load(loop: Loop, **options: Any) -> Any:
     """A MODEL as a loader gives it."""
-    return comfy.sd.load_diffusion_model(str(Path(sys.argv[2]) / f"{loop.checkpoint}.safetensors"), options)
+    return comfy.sd.load_diffusion_model(str(Path(sys.argv[1]) / f"{loop.checkpoint}.safetensors"), options)
 
 
 def accelerated(loop: Loop, model: Any) -> Any:

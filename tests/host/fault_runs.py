@@ -1,17 +1,21 @@
 """Runs the AR Segment Sampler inside ComfyUI with faults thrown at it, for test_faults.py; facts go to the last line.
 
-Arguments: what to run (a function below) and the folder with the checkpoints ``frames`` and ``causal``.
+Arguments: the folder with the checkpoints ``frames`` and ``causal``, and what to do: names of functions below, each with
+the loops it is for (``long=window,sparse``; all of them without). Every answer stands under the function's name.
 """
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib
 import json
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,15 @@ import torch
 from run_in_comfy import pack_module
 
 sys.path.append(str(Path(__file__).parent))
-from fault_loops import LOOPS, Loop, accelerated, load, sample  # noqa: E402
+from fault_loops import LOOPS, accelerated, load, sample  # noqa: E402
 from leftovers import Snapshot, Storages, census  # noqa: E402
 
+LAYERS = 2
+KEPT = (
+    "history.py:_ring_for", "frozen.py:_slot", "slots.py:<genexpr>", "slots.py:__init__", "slots.py:pair",
+    "ring.py:__init__", "ring.py:_keep", "grouping.py:_packed", "correct.py:record", "signals.py:_rows_for",
+    "solver.py:_history", "host_progress.py:__init__", "prompt.py:collapse",
+)  # fmt: skip
 FOLDER = str(Path(pack_module().__file__).parent)
 BLOCKS = (comfy.ldm.wan.model.WanAttentionBlock, comfy.ldm.wan.ar_model.CausalWanAttentionBlock)
 Progress = importlib.import_module(".nodes.host_progress", pack_module().__name__).Progress
@@ -64,12 +74,14 @@ def before_each(owners: tuple[type, ...], name: str, act: Callable[[], None]) ->
             setattr(owner, name, original)
 
 
-def at(number: int, fault: Callable[[], None], seen: list[int]) -> Callable[[], None]:
-    """Counts in ``seen``, and does ``fault`` at the count of ``number``."""
+def at(number: int, fault: Callable[[], None], for_good: bool = False) -> Callable[[], None]:
+    """Counts, and does ``fault`` at the count of ``number``, or from then on."""
+    seen = 0
 
     def act() -> None:
-        seen[0] += 1
-        if seen[0] == number:
+        nonlocal seen
+        seen += 1
+        if seen == number or (for_good and seen > number):
             fault()
 
     return act
@@ -84,15 +96,15 @@ class Fixture:
         self.model = accelerated(self.loop, self.loaded)
         self.expected, self.settings = sample(self.loop, accelerated(self.loop, load(self.loop)))
         assert torch.isfinite(self.expected).all() and self.expected.std() > 0
-        assert torch.equal(sample(self.loop, self.model, f"{name}/first")[0], self.expected)
+        comfy.model_management.load_models_gpu([self.model])  # core notes on the network that it has been loaded
         self.runs = 0
 
     def count(self, owners: tuple[type, ...], name: str) -> int:
         """Calls of a method in a whole run."""
-        seen = [0]
-        with before_each(owners, name, at(0, broken, seen)):
+        seen: list[None] = []
+        with before_each(owners, name, lambda: seen.append(None)):
             sample(self.loop, self.model, f"{self.name}/counted")
-        return seen[0]
+        return len(seen)
 
     def places(self) -> Counter[str]:
         """Where the pack allocates in a whole run, and how often."""
@@ -140,55 +152,176 @@ def empty() -> dict[str, Any]:
 
 
 def in_forwards(fixture: Fixture, fault: Callable[[], None], some: Callable[[int], list[int]]) -> dict[str, Any]:
-    """A fault before transformer blocks of the run, each counted through all forwards."""
+    """A fault inside forwards of the run, before one block or the other."""
     told = empty()
-    told["of"] = fixture.count(BLOCKS, "forward")
+    blocks = fixture.count(BLOCKS, "forward")
+    told["of"] = blocks // LAYERS
     for number in some(told["of"]):
-        fixture.faulty(told, f"block {number}", (BLOCKS, "forward"), at(number, fault, [0]))
+        act = at((number - 1) * LAYERS + 1 + number % LAYERS, fault)
+        fixture.faulty(told, f"forward {number}", (BLOCKS, "forward"), act)
     return told
 
 
-def between_calls(fixture: Fixture, some: Callable[[int], list[int]]) -> dict[str, Any]:
+def after_calls(fixture: Fixture, some: Callable[[int], list[int]]) -> dict[str, Any]:
     """An interrupt after model calls of the run, skipped ones too."""
     told = empty()
     told["of"] = fixture.count((Progress,), "__call__")
     for number in some(told["of"]):
-        fixture.faulty(told, f"call {number}", ((Progress,), "__call__"), at(number, stop, [0]))
+        fixture.faulty(told, f"call {number}", ((Progress,), "__call__"), at(number, stop))
     return told
 
 
-def at_allocations(fixture: Fixture, some: Callable[[Counter[str]], list[tuple[str, int]]]) -> dict[str, Any]:
-    """No memory at allocations of the pack's own."""
+def at_allocations(
+    fixture: Fixture, some: Callable[[Counter[str]], list[tuple[str, int]]], for_good: bool = False
+) -> dict[str, Any]:
+    """No memory at allocations of the pack's own, once or from then on."""
     told = empty()
-    found = fixture.places()
-    told["of"] = found
-    for place, number in some(found):
-        act = at(number, full, [0])
-        fixture.faulty(told, f"{place} {number}", allocating=lambda here, place=place, act=act: act() if here == place else None)
+    told["of"] = fixture.places()
+    for place, number in some(told["of"]):
+        act = at(number, full, for_good)
+        allocating = lambda here, place=place, act=act: act() if here == place else None  # noqa: E731
+        ended = fixture.faulty(told, f"{place} {number}", allocating=allocating)
+        told.setdefault("ended where", {}).setdefault(ended, []).append(place)
     return told
 
 
-def some_of(count: int) -> list[int]:
-    """The first, one in the middle and the last."""
-    return sorted({1, count // 2, count})
+def every(count: int) -> list[int]:
+    return list(range(1, count + 1))
 
 
-def probe() -> None:
-    import time
-    for name in LOOPS:
-        started = time.process_time()
-        fixture = Fixture(name)
-        made = time.process_time()
-        sample(fixture.loop, fixture.model, "x/y")
-        one = time.process_time()
-        told = in_forwards(fixture, stop, some_of)
-        print("==", name, round(made - started, 2), round(one - made, 2), round((time.process_time() - one), 2), {k: v for k, v in told.items() if v and not isinstance(v, list)})
-        for k, v in told.items():
-            if v and isinstance(v, list): print("   ", k, len(v), v[:6])
-        print("  ", {k: v for k, v in fixture.settings.items() if not isinstance(v, dict)})
-        print(dict(fixture.places())) if len(sys.argv) > 3 else None
+def five_of(count: int) -> list[int]:
+    return sorted({1, *(count * part // 4 for part in range(1, 5))} - {0})
+
+
+def middle_of(count: int) -> list[int]:
+    return [count // 2 + 1]
+
+
+def kept(found: Counter[str]) -> list[tuple[str, int]]:
+    """The last allocation of each kind that outlives a call."""
+    return [(place, count) for place, count in found.items() if place in KEPT]
+
+
+def anywhere(found: Counter[str]) -> list[tuple[str, int]]:
+    """The first allocation in every function, and the last of those that outlive a call."""
+    return [(place, 1) for place in found] + [(place, count) for place, count in kept(found) if count > 1]
+
+
+def together(name: str, other: str) -> dict[str, Any]:
+    """Two loops on one loaded MODEL in turns, as two prompts or two samplers of a graph take it."""
+    first, second = Fixture(name), LOOPS[other]
+    expected, _ = sample(second, accelerated(second, load(second)))
+    behind = accelerated(second, first.loaded)
+    before = Snapshot(first.loaded, first.model, behind)
+    made = [sample(*pair)[0] for pair in ((first.loop, first.model), (second, behind)) * 2]
+    made.append(sample(second, accelerated(second, first.model))[0])
+    wanted = (first.expected, expected) * 2
+    return {
+        "same": [torch.equal(one, other) for one, other in zip(made, wanted, strict=False)],
+        "changed": before.changes(Snapshot(first.loaded, first.model, behind)),
+        "another": not torch.equal(*wanted[:2]) if wanted[0].shape == wanted[1].shape else True,
+    }
+
+
+def changed_between(name: str) -> dict[str, Any]:
+    """Other sizes and settings between two runs, each on the same MODEL and on a fresh one."""
+    fixture = Fixture(name)
+    loop, settings = fixture.loop, fixture.loop.settings
+    others = {
+        "resolution": replace(loop, size=(96, 48)), "length": replace(loop, frames=loop.frames - 4),
+        "batch": replace(loop, batch=2), "steps": replace(loop, settings=settings | {"steps": 6}),
+        "seed": replace(loop, settings=settings | {"seed": 8}),
+        "cfg": replace(loop, settings=settings | {"cfg": 3.0 - settings["cfg"]}),
+    }  # fmt: skip
+    told: dict[str, Any] = {"different": [], "cases": 0}
+
+    def compare(case: str, same: bool) -> None:
+        back = torch.equal(sample(loop, fixture.model)[0], fixture.expected)
+        told["cases"] += 1
+        told["different"] += [case] * (not same) + [f"back from {case}"] * (not back)
+
+    for case, other in others.items():
+        compare(case, torch.equal(sample(other, fixture.model)[0], sample(other, accelerated(other, load(other)))[0]))
+    half = torch.bfloat16
+    made = [sample(loop, model, dtype=half)[0] for model in (fixture.model, accelerated(loop, load(loop)))]
+    compare("dtype of the latent", torch.equal(*made))
+    narrow = [model.clone() for model in (fixture.model, accelerated(loop, load(loop)))]
+    for model in narrow:
+        model.set_model_compute_dtype(half)
+    made = [sample(loop, model)[0] for model in narrow]
+    compare("computed in another dtype", torch.equal(*made) and not torch.equal(made[0], fixture.expected))
+    weights = [accelerated(loop, load(loop, dtype=half)) for _ in range(2)]
+    made = [sample(loop, model)[0] for model in weights]
+    compare("weights of another dtype", torch.equal(*made) and not torch.equal(made[0], fixture.expected))
+    return told
+
+
+def dropped(name: str) -> list[bool]:
+    """Whether the network goes as soon as nobody holds its MODEL: one that was only loaded, and one behind our run."""
+    gone = []
+    for runs in (0, 1):
+        loop = LOOPS[name]
+        loaded = load(loop)
+        model = accelerated(loop, loaded)
+        comfy.model_management.load_models_gpu([loaded])
+        network = weakref.ref(loaded.model.diffusion_model)
+        gc.collect()
+        gc.disable()
+        for _ in range(runs):
+            sample(loop, model)
+        del loaded, model
+        gone.append(network() is None)
+        gc.enable()
+    return gone
+
+
+def digest(latents: torch.Tensor) -> str:
+    return hashlib.sha256(latents.contiguous().numpy().tobytes()).hexdigest()
+
+
+def short(name: str) -> dict[str, Any]:
+    """One fault of two kinds, in the middle of the run."""
+    fixture = Fixture(name)
+    return {
+        "interrupt": in_forwards(fixture, stop, middle_of),
+        "no memory": at_allocations(fixture, lambda found: kept(found)[-1:]),
+    }
+
+
+def long(name: str) -> dict[str, Any]:
+    """Faults everywhere."""
+    fixture = Fixture(name)
+    return {
+        "interrupt": in_forwards(fixture, stop, every),
+        "interrupt between calls": after_calls(fixture, every),
+        "error": in_forwards(fixture, broken, five_of),
+        "no memory in a forward": in_forwards(fixture, full, five_of),
+        "no memory": at_allocations(fixture, anywhere),
+        "no memory any more": at_allocations(fixture, kept, for_good=True),
+    }
+
+
+def turns(name: str) -> dict[str, Any]:
+    """In turns with the next loop on the same checkpoint."""
+    same = [other for other in LOOPS if LOOPS[other].checkpoint == LOOPS[name].checkpoint]
+    return together(name, same[(same.index(name) + 1) % len(same)])
+
+
+def sizes(name: str) -> dict[str, Any]:
+    return changed_between(name)
+
+
+def digests(name: str) -> str:
+    return digest(Fixture(name).expected)
+
+
+def probe(name: str) -> str:
+    fixture = Fixture(name)
+    return f"{fixture.settings.get('K/V')} {fixture.settings.get('attention')} {dict(fixture.places())}"
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]]()
+    for given in sys.argv[2:]:
+        what, _, chosen = given.partition("=")
+        facts[what] = {name: globals()[what](name) for name in (chosen.split(",") if chosen else LOOPS)}
     print(json.dumps(facts))
