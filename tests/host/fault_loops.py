@@ -52,27 +52,32 @@ LOOPS = {
         "frames", (("ARVAHistoryGuidedCache", 10.0, "auto", 5, 2), ("ARVAActiveFrameWindow", "suffix")),
         COMMON | {"cfg": 1.0, "solver": "unipc", "history_noise": 0.02},
     ),
-    "shared prefix": Loop("frames", (("ARVASharedPrefixCache", 0.1, "history"), (*SCHEDULED[:3], "current", *SCHEDULED[4:]))),
+    "shared prefix": Loop(
+        "frames", (("ARVASharedPrefixCache", 0.1, "history"), (*SCHEDULED[:3], "current", *SCHEDULED[4:]))
+    ),
     "chunk cache": Loop(
         "frames",
         (("ARVAChunkCache", 0.2, 0.9, "current", "1, 0", "1", 5, 1, 0.0), ("ARVASharedPrefixCache", 0.0, "log-signal")),
     ),
     "next clip": Loop(
-        "frames", (("ARVAHistoryGuidedCache", 10.0, "mod", 5, 2), CORRECTED), COMMON | {"mode": "next clip", "ar_step": 0}
+        "frames", (("ARVAHistoryGuidedCache", 10.0, "mod", 5, 2), CORRECTED),
+        COMMON | {"mode": "next clip", "ar_step": 0},
     ),
     "quality target": Loop("frames", (("ARVAAccelerate", "target", 30.0),)),
     "core store": Loop("causal", (SCHEDULED,), CAUSAL | {"cfg": 1.0, "steps": 5}, 10, prompts=True),
     "guided": Loop("causal", (), CAUSAL | {"solver": "re-noise"}, 10, prompts=True),
     "window": Loop("causal", (SCHEDULED, budget("window")), CAUSAL | {"steps": 4}, 16),
-    "importance-redundancy": Loop("causal", (budget("importance-redundancy", frames=14.0),), FEW, 24),
-    "temporal-merge": Loop("causal", (budget("temporal-merge", frames=14.0),), FEW, 24),
+    "importance-redundancy": Loop("causal", (budget("importance-redundancy", frames=14.0),), FEW | {"cfg": 1.0}, 20),
+    "temporal-merge": Loop("causal", (budget("temporal-merge", frames=14.0),), FEW | {"cfg": 1.0}, 20),
     "head-groups": Loop("causal", (budget("head-groups"),), CAUSAL, 16),
     "8-bit": Loop("causal", (budget("importance-redundancy", "8-bit", frames=24.0),), FEW | {"cfg": 1.0}, 28),
     "offload": Loop("causal", (budget("temporal-merge", offload=4, frames=24.0),), FEW | {"cfg": 1.0}, 28),
     "sparse": Loop(
         "causal", (("ARVAANNAttention", 0.1, 1, 12, "head", True, 0.5),), FEW | {"cfg": 1.0}, 24, prompts=True
     ),
-    "streamed blocks": Loop("causal", (SCHEDULED, budget("temporal-merge", frames=14.0)), FEW, 24, stream="blocks"),
+    "streamed blocks": Loop(
+        "causal", (SCHEDULED, budget("temporal-merge", frames=14.0)), FEW | {"cfg": 1.0}, 20, stream="blocks"
+    ),
     "streamed segments": Loop("frames", (SCHEDULED, CORRECTED), COMMON, 12, vae=True, stream="segments"),
 }  # fmt: skip
 

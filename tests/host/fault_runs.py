@@ -1,7 +1,7 @@
 """Runs the AR Segment Sampler inside ComfyUI with faults thrown at it, for test_faults.py; facts go to the last line.
 
-Arguments: the folder with the checkpoints ``frames`` and ``causal``, and what to do: names of functions below, each with
-the loops it is for (``long=window,sparse``; all of them without). Every answer stands under the function's name.
+Arguments: the folder with the checkpoints ``frames`` and ``causal``, and what to do: names of functions below, each
+with the loops it is for (``long=window,sparse``; all of them without). Answers stand under the function's name.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class Fixture:
         self.expected, self.settings = sample(self.loop, accelerated(self.loop, load(self.loop)))
         assert torch.isfinite(self.expected).all() and self.expected.std() > 0
         comfy.model_management.load_models_gpu([self.model])  # core notes on the network that it has been loaded
+        self.before = Snapshot(self.loaded, self.model)
         self.runs = 0
 
     def count(self, owners: tuple[type, ...], name: str) -> int:
@@ -117,7 +118,6 @@ class Fixture:
         """One run with a fault, and what it left behind, into ``told``; returns how the run ended."""
         self.runs += 1
         prefix = f"{self.name}/{self.runs}"
-        before = Snapshot(self.loaded, self.model)
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -125,7 +125,8 @@ class Fixture:
         ended = "finished"
         try:
             with before_each(*method, act) if method else nullcontext(), watch:
-                sample(self.loop, self.model, prefix)
+                remark = sample(self.loop, self.model, prefix)[1].get("out of memory")
+            told["remarks"] += [remark]
         except (comfy.model_management.InterruptProcessingException, Exception) as error:
             ended = type(error).__name__
             told["said"][str(error)] += 1
@@ -135,7 +136,7 @@ class Fixture:
         gc.collect()
         gc.enable()
         told["alive"] += [[case, *one] for one in (*watch.alive(), *census())]
-        told["changed"] += [[case, one] for one in before.changes(Snapshot(self.loaded, self.model))]
+        told["changed"] += [[case, one] for one in self.before.changes(Snapshot(self.loaded, self.model))]
         told["cases"] += 1
         told["ended"][ended] += 1
         again = sample(self.loop, self.model, prefix)[0]
@@ -147,7 +148,7 @@ class Fixture:
 
 
 def empty() -> dict[str, Any]:
-    lists = {key: [] for key in ("waiting for the collector", "alive", "changed", "different")}
+    lists = {key: [] for key in ("waiting for the collector", "alive", "changed", "different", "remarks")}
     return {"cases": 0, "ended": Counter(), "said": Counter(), **lists}
 
 
@@ -256,23 +257,24 @@ def changed_between(name: str) -> dict[str, Any]:
     return told
 
 
-def dropped(name: str) -> list[bool]:
-    """Whether the network goes as soon as nobody holds its MODEL: one that was only loaded, and one behind our run."""
-    gone = []
+def dropped(name: str) -> list[int]:
+    """Parts of the network that wait for the collector once nobody holds its MODEL: of one that was only loaded, and of
+    one behind our run."""
+    waiting = []
     for runs in (0, 1):
         loop = LOOPS[name]
         loaded = load(loop)
         model = accelerated(loop, loaded)
         comfy.model_management.load_models_gpu([loaded])
-        network = weakref.ref(loaded.model.diffusion_model)
+        parts = [weakref.ref(part) for part in loaded.model.modules()]
         gc.collect()
         gc.disable()
         for _ in range(runs):
             sample(loop, model)
         del loaded, model
-        gone.append(network() is None)
+        waiting.append(sum(part() is not None for part in parts))
         gc.enable()
-    return gone
+    return waiting
 
 
 def digest(latents: torch.Tensor) -> str:
@@ -301,6 +303,13 @@ def long(name: str) -> dict[str, Any]:
     }
 
 
+def lowered(name: str) -> dict[str, Any]:
+    """A K/V store that cannot be allocated, once and for good."""
+    fixture = Fixture(name)
+    first = lambda found: [(place, 1) for place in found if place.startswith("slots.py")][:1]  # noqa: E731
+    return {"once": at_allocations(fixture, first), "for good": at_allocations(fixture, first, for_good=True)}
+
+
 def turns(name: str) -> dict[str, Any]:
     """In turns with the next loop on the same checkpoint."""
     same = [other for other in LOOPS if LOOPS[other].checkpoint == LOOPS[name].checkpoint]
@@ -313,11 +322,6 @@ def sizes(name: str) -> dict[str, Any]:
 
 def digests(name: str) -> str:
     return digest(Fixture(name).expected)
-
-
-def probe(name: str) -> str:
-    fixture = Fixture(name)
-    return f"{fixture.settings.get('K/V')} {fixture.settings.get('attention')} {dict(fixture.places())}"
 
 
 if __name__ == "__main__":

@@ -129,4 +129,11 @@ class Snapshot:
     def _content(self, tensor: torch.Tensor) -> tuple:
         self._held.append(tensor)
         data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-        return id(tensor), str(tensor.dtype), str(tensor.device), tuple(tensor.shape), tensor.data_ptr(), zlib.crc32(data)
+        return (
+            id(tensor),
+            str(tensor.dtype),
+            str(tensor.device),
+            tuple(tensor.shape),
+            tensor.data_ptr(),
+            zlib.crc32(data),
+        )
