@@ -35,6 +35,11 @@ KEPT = (
     "ring.py:__init__", "ring.py:_keep", "grouping.py:_packed", "correct.py:record", "signals.py:_rows_for",
     "solver.py:_history", "host_progress.py:__init__", "prompt.py:collapse",
 )  # fmt: skip
+KEEPERS = {
+    "ann.py", "auto.py", "bounded.py", "correct.py", "frozen.py", "grouping.py", "history.py", "host_attention.py",
+    "host_progress.py", "host_prompt.py", "host_stream.py", "host_video.py", "importance_redundancy.py", "prompt.py",
+    "ring.py", "signals.py", "slots.py", "solver.py", "temporal_merge.py", "video_file.py",
+}  # fmt: skip
 FOLDER = str(Path(pack_module().__file__).parent)
 BLOCKS = (comfy.ldm.wan.model.WanAttentionBlock, comfy.ldm.wan.ar_model.CausalWanAttentionBlock)
 Progress = importlib.import_module(".nodes.host_progress", pack_module().__name__).Progress
@@ -204,8 +209,9 @@ def kept(found: Counter[str]) -> list[tuple[str, int]]:
 
 
 def anywhere(found: Counter[str]) -> list[tuple[str, int]]:
-    """The first allocation in every function, and the last of those that outlive a call."""
-    return [(place, 1) for place in found] + [(place, count) for place, count in kept(found) if count > 1]
+    """The first allocation in every function that works on what is kept, and the last of those that outlive a call."""
+    first = [(place, 1) for place in found if place.partition(":")[0] in KEEPERS]
+    return first + [(place, count) for place, count in kept(found) if count > 1]
 
 
 def together(name: str, other: str) -> dict[str, Any]:
