@@ -43,7 +43,7 @@ DELETED, INTERRUPTED = 0.1, 0.1  # shares of the prompts
 GROWTH = 0.01
 SERVER = ("--cache-classic",)  # keeps the last prompt's results; by default they pile up until memory is short
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
-SILENCE = 120.0
+SILENCE = 600.0
 
 
 @dataclass
@@ -172,6 +172,7 @@ def _watch(server: ComfyServer, prompts: list[Prompt], draw: random.Random) -> l
         if done > len(resident):
             resident += [server.resident_bytes()] * (done - len(resident))
             last = time.monotonic()
+            print(f"{done} ended, {resident[-1] / 1e6:.1f} MB", file=sys.stderr, flush=True)
         if time.monotonic() - last > SILENCE:
             raise TimeoutError(f"No prompt ended for {SILENCE:g} s; {len(queue['queue_pending'])} are waiting.")
         time.sleep(0.02)
