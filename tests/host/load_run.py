@@ -98,9 +98,9 @@ class Load:
         return last / first - 1.0
 
 
-def graph_of(workflow: str, seed: int, tag: str) -> Graph:
-    """A short variant of a workflow whose latents are saved under ``tag``."""
-    graph = with_saved_latents(load_graph(workflow))
+def graph_of(workflow: str, seed: int, tag: str, graph: Graph | None = None) -> Graph:
+    """A short variant of a workflow, or of ``graph`` made from it, whose latents are saved under ``tag``."""
+    graph = with_saved_latents(graph or load_graph(workflow))
     for node_id, node in graph.items():
         node["inputs"] |= {key: value for key, value in SHORT[workflow].items() if key in node["inputs"]}
         if node["class_type"] == "PrimitiveInt":
