@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -351,7 +352,8 @@ class Listener:
             raise TimeoutError(f"No websocket connection to {url}.")
 
     def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._task.cancel)
+        with suppress(RuntimeError):  # the server has ended, and with it the loop
+            self._loop.call_soon_threadsafe(self._task.cancel)
         self._thread.join(10)
 
     def _run(self) -> None:

@@ -330,8 +330,15 @@ def digests(name: str) -> str:
     return digest(Fixture(name).expected)
 
 
+def ask(what: str, name: str) -> Any:
+    """One answer, which is told on stderr too: a run of everything takes long."""
+    answer = globals()[what](name)
+    print(json.dumps({what: {name: answer}}), file=sys.stderr, flush=True)
+    return answer
+
+
 if __name__ == "__main__":
     for given in sys.argv[2:]:
         what, _, chosen = given.partition("=")
-        facts[what] = {name: globals()[what](name) for name in (chosen.split(",") if chosen else LOOPS)}
+        facts[what] = {name: ask(what, name) for name in (chosen.split(",") if chosen else LOOPS)}
     print(json.dumps(facts))
