@@ -1,7 +1,7 @@
 """Runs the AR Segment Sampler inside ComfyUI with faults thrown at it, for test_faults.py; facts go to the last line.
 
 Arguments: the folder with the checkpoints ``frames`` and ``causal``, and what to do: names of functions below, each
-with the loops it is for (``long=window,sparse``; all of them without). Answers stand under the function's name.
+with the loops it is for (``failing=window,sparse``; all of them without). Answers stand under the function's name.
 """
 
 from __future__ import annotations
@@ -296,12 +296,16 @@ def short(name: str) -> dict[str, Any]:
     }
 
 
-def long(name: str) -> dict[str, Any]:
-    """Faults everywhere."""
+def cancelled(name: str) -> dict[str, Any]:
+    """Interrupts in every forward, and after every call."""
+    fixture = Fixture(name)
+    return {"inside": in_forwards(fixture, stop, every), "after": after_calls(fixture, every)}
+
+
+def failing(name: str) -> dict[str, Any]:
+    """Errors in forwards, and no memory in forwards and wherever the pack works on what it keeps."""
     fixture = Fixture(name)
     return {
-        "interrupt": in_forwards(fixture, stop, every),
-        "interrupt between calls": after_calls(fixture, every),
         "error": in_forwards(fixture, broken, five_of),
         "no memory in a forward": in_forwards(fixture, full, five_of),
         "no memory": at_allocations(fixture, anywhere),

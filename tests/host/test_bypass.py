@@ -92,7 +92,11 @@ def test_a_core_workflow_makes_the_same_latents_with_our_node_bypassed_or_not(
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("tiny_diffusion_forcing", BYPASSED), ("tiny_long_video", BYPASSED), ("tiny_accelerate_compare", NEVER)],
+    [
+        pytest.param("tiny_diffusion_forcing", BYPASSED, marks=pytest.mark.long),
+        ("tiny_long_video", BYPASSED),
+        ("tiny_accelerate_compare", NEVER),
+    ],
 )
 def test_nodes_that_come_and_go_between_prompts_leave_no_trace(
     server: ComfyServer, infos: dict[str, Any], name: str, mode: int

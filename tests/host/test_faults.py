@@ -19,8 +19,8 @@ CAUSAL = (
     "core store", "guided", "window", "importance-redundancy", "temporal-merge", "head-groups", "8-bit", "offload",
     "sparse", "streamed blocks",
 )  # fmt: skip
-SHORT = ("staircase", "chunk cache", "next clip", "window", "temporal-merge", "sparse", "streamed segments")
-TURNS = ("shared prefix", "core store")
+SHORT = ("staircase", "chunk cache", "window", "temporal-merge", "streamed segments")
+TURNS = ("core store",)
 SIZES = ("staircase", "next clip", "core store", "window", "sparse")
 SLOW = 7200.0
 
@@ -108,28 +108,35 @@ def test_a_model_that_nobody_holds_goes_at_once(short: dict[str, Any]) -> None:
 def long(request: pytest.FixtureRequest, comfy_root: Path, folder: Path) -> dict[str, Any]:
     names = request.param
     sizes = tuple(name for name in SIZES if name in names)
-    return run(comfy_root, folder, SLOW, long=names, turns=names, sizes=sizes, dropped=names, digests=names)
+    asked = {"cancelled": names, "failing": names, "turns": names, "sizes": sizes, "dropped": names, "digests": names}
+    return run(comfy_root, folder, SLOW, **asked)
 
 
 @pytest.mark.long
-def test_every_fault_everywhere_leaves_nothing(long: dict[str, Any]) -> None:
-    for name, kinds in long["long"].items():
-        for kind in ("interrupt", "interrupt between calls"):
-            told = kinds[kind]
-            check_nothing_is_left(told, told["of"])
-            assert told["ended"] == {"InterruptProcessingException": told["of"]}, (name, kind)
-        for kind, ending in (("error", "RuntimeError"), ("no memory in a forward", "OutOfMemoryError")):
-            told = kinds[kind]
-            check_nothing_is_left(told, told["cases"])
-            assert told["ended"] == {"finished" if kind != "error" and has_budget(name) else ending: told["cases"]}
-        for kind in ("no memory", "no memory any more"):
-            told = kinds[kind]
+def test_a_cancel_at_every_call_leaves_nothing(long: dict[str, Any]) -> None:
+    for told in (told for kinds in long["cancelled"].values() for told in kinds.values()):
+        check_nothing_is_left(told, told["of"])
+        assert told["ended"] == {"InterruptProcessingException": told["of"]}
+    print(f"{count(long['cancelled'])} cancels in {', '.join(long['cancelled'])}")
+
+
+@pytest.mark.long
+def test_errors_and_full_memory_leave_nothing(long: dict[str, Any]) -> None:
+    for name, kinds in long["failing"].items():
+        for kind, told in kinds.items():
             check_nothing_is_left(told, sum(told["ended"].values()))
-            assert set(told["ended"]) <= {"OutOfMemoryError", "finished"}
-            if not has_budget(name):
-                assert "finished" not in told["ended"], (name, kind)
-    cases = sum(told["cases"] for kinds in long["long"].values() for told in kinds.values())
-    print(f"{cases} faults in {', '.join(long['long'])}")
+            if kind == "error":
+                assert set(told["ended"]) == {"RuntimeError"}
+            elif kind == "no memory in a forward":
+                assert set(told["ended"]) == {"finished" if has_budget(name) else "OutOfMemoryError"}, name
+            else:
+                assert set(told["ended"]) <= {"OutOfMemoryError", "finished"}
+                assert has_budget(name) or "finished" not in told["ended"], (name, kind)
+    print(f"{count(long['failing'])} errors in {', '.join(long['failing'])}")
+
+
+def count(facts: dict[str, Any]) -> int:
+    return sum(told["cases"] for kinds in facts.values() for told in kinds.values())
 
 
 @pytest.mark.long

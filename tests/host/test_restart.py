@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.host.comfy import ComfyServer
 from tests.host.workflow_run import load_graph
 
-FRAMES = 64
+FRAMES = 40
 
 
 def graph(prefix: str) -> dict[str, Any]:
