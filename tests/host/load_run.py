@@ -178,7 +178,7 @@ def _watch(server: ComfyServer, prompts: list[Prompt], draw: random.Random) -> l
         time.sleep(0.02)
     for timer in timers:
         timer.join()
-    return resident
+    return [*resident, server.resident_bytes()]
 
 
 def _account(server: ComfyServer, prompts: list[Prompt], known: dict[tuple[str, int], tuple[str, ...]]) -> list[str]:
