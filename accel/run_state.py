@@ -48,12 +48,7 @@ class Resumable:
                 "and load(), so its runs cannot be saved; add them (accel.denoiser.KeepsState)."
             )
         tensors = {} if give is None else {DENOISER + name: tensor for name, tensor in give().items()}
-        facts: dict[str, Any] = {"timeline": self.timeline.to_json(), "openings": self._openings}
-        facts["planned"] = [[list(table), _plain(changes)] for table, changes in self._planned.items()]
-        if self._replay is not None:
-            facts["replayed"] = self._replay.place
-        if self._auto is not None:
-            facts["auto"] = self._auto.state()
+        facts = {"timeline": self.timeline.to_json()} | self._learned()
         if self._correction is not None:
             trajectory, facts["correction"] = self._correction.state()
             tensors |= {CORRECTION + name: tensor for name, tensor in trajectory.items()}
@@ -61,9 +56,8 @@ class Resumable:
 
     def within_memory(self, segment: int, make: Callable[[], Tensor]) -> Tensor:
         """What ``make`` returns. Where it runs out of memory and the denoiser has a K/V budget, that is lowered, what
-        was recorded of the attempt is dropped, and it is made once more."""
-        records, full = len(self.timeline.records), self.timeline.flops_full
-        place = self._replay.place if self._replay is not None else 0
+        was recorded and learned in the attempt is dropped, and it is made once more."""
+        records, full, learned = len(self.timeline.records), self.timeline.flops_full, self._learned()
         late = self.timeline.late and dict(self.timeline.late)
         try:
             return make()
@@ -78,8 +72,7 @@ class Resumable:
             )
         del self.timeline.records[records:]
         self.timeline.flops_full, self.timeline.late = full, late
-        if self._replay is not None:
-            self._replay.place = place
+        self._learn(learned)
         self.timeline.settings["out of memory"] = f"segment {segment} was made again with {lowered}"
         return make()
 
@@ -87,16 +80,30 @@ class Resumable:
         """Goes on where another run with the same settings stood; call before the first step."""
         facts = state.facts
         continue_timeline(self.timeline, Timeline.from_json(facts["timeline"]))
+        self._learn(facts)
+        if self._correction is not None:
+            self._correction.load(_below(CORRECTION, state.tensors), facts["correction"])
+        if hasattr(self.denoiser, "load"):
+            self.denoiser.load(_below(DENOISER, state.tensors))
+
+    def _learned(self) -> dict[str, Any]:
+        """What the segments so far have taught, as plain JSON."""
+        facts: dict[str, Any] = {"openings": {name: list(values) for name, values in self._openings.items()}}
+        facts["planned"] = [[list(table), _plain(changes)] for table, changes in self._planned.items()]
+        if self._replay is not None:
+            facts["replayed"] = self._replay.place
+        if self._auto is not None:
+            facts["auto"] = self._auto.state()
+        return facts
+
+    def _learn(self, facts: Mapping[str, Any]) -> None:
+        """Takes over what ``_learned`` gave."""
         self._openings = {name: list(values) for name, values in facts["openings"].items()}
         self._planned = {tuple(table): _numbers(changes) for table, changes in facts["planned"]}
         if self._replay is not None:
             self._replay.place = facts["replayed"]
         if self._auto is not None:
             self._auto.load(facts["auto"])
-        if self._correction is not None:
-            self._correction.load(_below(CORRECTION, state.tensors), facts["correction"])
-        if hasattr(self.denoiser, "load"):
-            self.denoiser.load(_below(DENOISER, state.tensors))
 
 
 def continue_timeline(timeline: Timeline, earlier: Timeline) -> None:

@@ -23,7 +23,7 @@ from ..accel.engine import Acceleration, Run
 from ..accel.timeline import Timeline
 from .host_denoiser import CausalHostDenoiser, HostDenoiser, per_frame_sampling
 from .host_identity import describe_run, graph_digest
-from .host_kv import BoundedHostDenoiser, with_own_store
+from .host_kv import BoundedHostDenoiser, take_patches_off, with_own_store
 from .host_live import Audience
 from .host_neighbours import check_other_caches, check_windows
 from .host_progress import Progress
@@ -115,7 +115,10 @@ def sample_segments(
         told = {"positive": positive, "negative": negative, "start frames": _start_latent(model.model_options)}
         sampler.stream, sampler.describe = stream, partial(describe_run, model, told, above=above)
     noise = comfy.sample.prepare_noise(samples, job.seed, latent.get("batch_index"))
-    video = guider.sample(noise, samples, sampler, job.table.float(), seed=job.seed)
+    try:
+        video = guider.sample(noise, samples, sampler, job.table.float(), seed=job.seed)
+    finally:
+        take_patches_off(model)
     audience.tell(done=True)
     return latent | {"samples": video.to(comfy.model_management.intermediate_device())}
 

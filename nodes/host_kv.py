@@ -10,10 +10,12 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
+import comfy.utils
 import torch
 from comfy.ldm.flux.math import apply_rope1
 from torch import Tensor
@@ -67,6 +69,21 @@ def with_own_store(model: Any) -> Any:
     clone.remove_wrappers_with_key(kind, WRAPPER)
     clone.add_wrapper_with_key(kind, WRAPPER, _tell_branches)
     return clone
+
+
+def take_patches_off(model: Any) -> None:
+    """Puts back what the object patches of a clone took the place of, once its run is over.
+
+    Core would leave them until it loads another model, and puts a method back as an attribute of its own module: a
+    circle, which would keep the weights of a model that nobody needs any more until the next garbage collection.
+    """
+    model.unpatch_model(unpatch_weights=False)
+    for path in model.object_patches:
+        owner, _, name = path.rpartition(".")
+        module = comfy.utils.get_attr(model.model, owner) if owner else model.model
+        left = vars(module).get(name)
+        if isinstance(left, MethodType) and left.__self__ is module and left.__func__ is getattr(type(module), name):
+            delattr(module, name)
 
 
 def _probe(network: Any) -> None:

@@ -395,3 +395,42 @@ def test_a_type_that_the_format_does_not_know_is_refused(tmp_path):
 def test_a_state_is_saved_every_one_or_more_segments():
     with pytest.raises(ValueError, match="every is 0"):
         next(saved(iter(()), make_run(), Checkpoint(None, {}), every=0))
+
+
+class Crowded(Causal):
+    """Runs out of memory at one call; lowering its budget costs it nothing."""
+
+    def __init__(self, full_at=None):
+        super().__init__()
+        self.full_at = full_at
+
+    def velocity(self, call, x):
+        if len(self.calls) == self.full_at:
+            self.calls.append(call)
+            raise torch.OutOfMemoryError("as a GPU would")
+        return super().velocity(call, x)
+
+    def lower(self):
+        return "less"
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("name", ["history-guided, corrected", "tri-modal", "target", "chunks", "replay"])
+def test_a_block_made_again_for_want_of_memory_leaves_no_trace_of_the_first_attempt(name, seed):
+    signals = {"tri-modal": Acceleration(scheduler=SchedulerConfig(SCHEDULER.thresholds, "current"))}
+    acceleration = (ACCELERATIONS | signals)[name]
+
+    def made(full_at=None):
+        run = make_run(acceleration, Crowded(full_at))
+        segments = list(causal_blocks(run, noise(8), 2, TABLE, seed))
+        told = run.state().facts
+        lost = len(run.denoiser.calls)
+        told["timeline"] = [(r.decision, r.segment, r.increment, r.discrepancy) for r in run.timeline.records]
+        remark = run.timeline.settings.pop("out of memory", None)
+        return torch.cat([segment.latents for segment in segments], 2), told, run.timeline.settings, remark, lost
+
+    latents, told, settings, _, calls = made()
+    for full_at in range(0, calls, 3):
+        again = made(full_at)
+        assert torch.equal(again[0], latents) and again[3].endswith("was made again with less")
+        assert repr(again[1]) == repr(told) and again[2] == settings, full_at

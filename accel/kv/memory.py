@@ -64,6 +64,26 @@ def _grouping(config: KVBudgetConfig, shape: StoreShape, layout: Layout, block: 
     )
 
 
+class Allocator:
+    """Makes the slots of a layer as the budget says. It does not know the stores it makes them for: nothing of theirs
+    is kept in a circle, so a run that ends, however it ends, gives its memory back at once.
+
+    Attributes:
+        layout: room of a layer from now on.
+    """
+
+    def __init__(self, config: KVBudgetConfig, layout: Layout, scratch: Scratch | Fetching) -> None:
+        self.layout, self._config, self._scratch = layout, config, scratch
+
+    def __call__(self, like: Tensor, tokens: int) -> Slots:
+        """Slots for ``tokens`` tokens like ``[B, n, heads, head_dim]``."""
+        if self._config.offload:
+            return SplitSlots(like, tokens, self.layout.whole_frames * self.layout.tokens, self._scratch)
+        if self._config.storage == "8-bit":
+            return ByteSlots(like, tokens, self._scratch)
+        return PlainSlots(like, tokens)
+
+
 class KVMemory:
     """Stores of all branches, which advance together. Its size is known before anything is allocated.
 
@@ -85,12 +105,14 @@ class KVMemory:
         self.config, self.shape, self.layout = config, shape, plan(config, shape, branches, block, frames)
         self.planned_bytes = branches * shape.bytes(self.layout, config)
         self._scratch, self._late = Fetching() if config.offload else Scratch(), LateCounts()
+        self._allocator = Allocator(config, self.layout, self._scratch)
         attentions = [attention() for _ in range(branches)]
         self._sparse = [one for one in attentions if isinstance(one, AnnAttention)]
         self._unread = 0
         self.stores = [
             BoundedStore(
-                shape.layers, self.layout, shape.rotary, one, _rule(config, shape, self.layout, self._late), self._make,
+                shape.layers, self.layout, shape.rotary, one, _rule(config, shape, self.layout, self._late),
+                self._allocator,
                 _grouping(config, shape, self.layout, block),
             )
             for one in attentions
@@ -151,7 +173,7 @@ class KVMemory:
             ring = max(block + 1, int(ring * 0.75))
         if (middle, ring) == (layout.middle, layout.ring):
             return None
-        self.layout = replace(layout, middle=middle, ring=ring)
+        self.layout = self._allocator.layout = replace(layout, middle=middle, ring=ring)
         self.planned_bytes = len(self.stores) * self.shape.bytes(self.layout, self.config)
         for store in self.stores:
             store.shrink(self.layout, block)
@@ -198,10 +220,3 @@ class KVMemory:
 
     def _saved(self) -> int:
         return sum(one.counts.dense_flops - one.counts.flops for one in self._sparse)
-
-    def _make(self, like: Tensor, tokens: int) -> Slots:
-        if self.config.offload:
-            return SplitSlots(like, tokens, self.layout.whole_frames * self.layout.tokens, self._scratch)
-        if self.config.storage == "8-bit":
-            return ByteSlots(like, tokens, self._scratch)
-        return PlainSlots(like, tokens)

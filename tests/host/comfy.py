@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +130,12 @@ class ComfyServer:
         self._folder = tempfile.TemporaryDirectory(prefix="comfy-test-", ignore_cleanup_errors=True)
         self.base = (self.kept_base or Path(self._folder.name)).resolve()
         self._process: subprocess.Popen[bytes] | None = None
-        self._listener: _Listener | None = None
+        self._listener: Listener | None = None
         try:
             if not (self.base / "custom_nodes").exists():
                 make_base_directory(self.base, self.packs)
             self._start()
-            self._listener = _Listener(f"ws://{self._address}/ws?clientId={self.client_id}", self._record)
+            self._listener = self.listen(self.client_id, self._record)
         except BaseException:
             self._stop()
             raise
@@ -186,14 +188,14 @@ class ComfyServer:
         """The schemas of all nodes by id, or of one node (empty when the server lacks it)."""
         return self.get_json(f"/object_info/{node}" if node else "/object_info")
 
-    def queue(self, prompt: dict[str, Any]) -> str:
-        """Queues an API-format graph and returns its id.
+    def queue(self, prompt: dict[str, Any], client_id: str | None = None) -> str:
+        """Queues an API-format graph, of this client or another one, and returns its id.
 
         Raises:
             PromptError: the server refused the graph, or any output node of it.
         """
         try:
-            answer = json.loads(self._request("/prompt", {"prompt": prompt, "client_id": self.client_id}))
+            answer = json.loads(self._request("/prompt", {"prompt": prompt, "client_id": client_id or self.client_id}))
         except urllib.error.HTTPError as error:
             answer = json.loads(error.read())
         if answer.get("error") or answer.get("node_errors"):
@@ -229,6 +231,24 @@ class ComfyServer:
     def interrupt(self, prompt_id: str | None = None) -> None:
         """Stops the running prompt (when given, only if it is that one)."""
         self._request("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
+
+    def delete(self, *prompt_ids: str) -> None:
+        """Takes prompts that wait out of the queue; one that runs already goes on."""
+        self._request("/queue", {"delete": list(prompt_ids)})
+
+    def listen(self, client_id: str, record: Callable[[dict[str, Any]], None]) -> Listener:
+        """A websocket of a client of its own; ``record`` gets its messages, as ``events`` has them."""
+        return Listener(f"ws://{self._address}/ws?clientId={client_id}", record)
+
+    def resident_bytes(self) -> int:
+        """Main memory that the server's process takes."""
+        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def kill(self, sign: signal.Signals) -> None:
+        """Ends the server's process with a signal and waits for it."""
+        self._process.send_signal(sign)
+        self._process.wait(30)
 
     def free(self) -> None:
         """Has the server drop its node cache and unload its models before the next prompt."""
@@ -318,7 +338,7 @@ class ComfyServer:
         return "\n".join(["--- end of the server's log ---", *self.log().splitlines()[-lines:]])
 
 
-class _Listener:
+class Listener:
     """Reads the server's websocket on a thread of its own; connected once constructed."""
 
     def __init__(self, url: str, record: Callable[[dict[str, Any]], None]) -> None:
@@ -332,7 +352,8 @@ class _Listener:
             raise TimeoutError(f"No websocket connection to {url}.")
 
     def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._task.cancel)
+        with suppress(RuntimeError):  # the server has ended, and with it the loop
+            self._loop.call_soon_threadsafe(self._task.cancel)
         self._thread.join(10)
 
     def _run(self) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.host.comfy import PACK_NAME, ComfyServer
 from tests.host.core_workflow import OURS, SAVE, core_workflow, save_checkpoint
+from tests.host.load_run import digests, graph_of
 from tests.host.workflow_graph import ALWAYS, BYPASSED, NEVER, graph_nodes, load_template, to_api
 from tests.host.workflow_run import NAMES, OTHERS_WEIGHTS, SAMPLER, nodes_of
 
@@ -87,6 +88,41 @@ def test_a_core_workflow_makes_the_same_latents_with_our_node_bypassed_or_not(
     assert str(OURS) in graphs[ALWAYS] and str(OURS) not in graphs[BYPASSED]
     made = [saved_latent(server, graph) for graph in graphs.values()]
     assert torch.equal(*made) and made[0].std() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param("tiny_diffusion_forcing", BYPASSED, marks=pytest.mark.long),
+        ("tiny_long_video", BYPASSED),
+        ("tiny_accelerate_compare", NEVER),
+    ],
+)
+def test_nodes_that_come_and_go_between_prompts_leave_no_trace(
+    server: ComfyServer, infos: dict[str, Any], name: str, mode: int
+) -> None:
+    template = load_template(name)
+    kept = to_api(with_mode(template, BYPASSED) if mode == BYPASSED else without_last_sampler(template), infos)
+
+    def made(seed: int, graph: dict[str, Any] | None = None) -> tuple[str, ...]:
+        graph = graph_of(name, seed, "gone", graph)
+        return digests(server, graph, server.run(graph), "gone")
+
+    made(7), made(7, kept)
+    with_nodes, without = made(8), made(8, kept)
+    server.free()
+    assert (made(8, kept), made(8)) == (without, with_nodes)
+    assert (without == with_nodes[:1]) if mode == NEVER else (without != with_nodes)
+
+
+def without_last_sampler(template: dict[str, Any]) -> dict[str, Any]:
+    """The saved workflow with its last AR Segment Sampler, and all that hangs on it, muted."""
+    muted = {max(node["id"] for node in template["nodes"] if node["type"] == SAMPLER)}
+    while more := {link[3] for link in template["links"] if link[1] in muted} - muted:
+        muted |= more
+    return {
+        **template, "nodes": [{**node, "mode": NEVER} if node["id"] in muted else node for node in template["nodes"]]
+    }  # fmt: skip
 
 
 def saved_latent(server: ComfyServer, graph: dict[str, Any]) -> torch.Tensor:

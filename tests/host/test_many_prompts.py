@@ -1,0 +1,27 @@
+"""Many prompts of two clients, some of them cancelled: none lost, none mixed up, memory flat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.host.comfy import ComfyServer
+from tests.host.load_run import GROWTH, SERVER, run_load
+
+
+def test_a_dozen_prompts_of_two_clients_are_all_accounted_for(server: ComfyServer) -> None:
+    load = run_load(server, 12, seed=2, names=("tiny_causal", "tiny_next_clip"))
+    assert load.faults == []
+    assert sum(load.ended.values()) == 12 and load.ended["success"] >= 6
+    assert load.ended.get("deleted", 0) + load.ended.get("interrupted", 0) >= 1
+
+
+@pytest.mark.long
+def test_two_hundred_mixed_prompts_are_accounted_for_and_memory_stays_flat(comfy_root: Path) -> None:
+    with ComfyServer(comfy_root, extra_args=SERVER) as server:
+        load = run_load(server, 200)
+    assert load.faults == []
+    assert sum(load.ended.values()) == 200
+    assert {"success", "deleted", "interrupted"} == set(load.ended)
+    assert load.growth(20) < GROWTH
