@@ -16,6 +16,7 @@ from ..accel.correct import SOURCES, CorrectionConfig
 from ..accel.engine import Acceleration, HistoryGuidedConfig, SchedulerConfig
 from ..accel.policy import TriModalConfig
 from ..accel.signals import HISTORY_CHOICES, HOST_SIGNALS, SIGNALS
+from .inputs import checked
 
 CATEGORY = "AR Video"
 OPTION = "arva_acceleration"
@@ -91,6 +92,7 @@ class ARVAHistoryGuidedCache(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, model: io.Model.Type, threshold: float, signal: str, max_skip: int, warmup: int) -> io.NodeOutput:
         with inputs_of("History-Guided Cache", delta="threshold"):
             config = HistoryGuidedConfig(threshold, signal, max_skip, warmup)
@@ -132,6 +134,7 @@ class ARVATriModalScheduler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(
         cls, model: io.Model.Type, cache_below: float, predict_below: float, signal: str, order: str, decay: float,
         max_skip: int, warmup: int, reach: float,
@@ -162,6 +165,7 @@ class ARVAResidualCorrection(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, model: io.Model.Type, source: str) -> io.NodeOutput:
         with inputs_of("Residual Correction"):
             config = CorrectionConfig(source)

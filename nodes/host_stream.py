@@ -56,7 +56,7 @@ class SegmentStream:
         finished = self._resume(description) if self.settings.resume else None
         if finished is None:
             finished = Finished()
-            folder, self.name, self.subfolder = new_run(self.settings.prefix)
+            folder, self.name, self.subfolder = new_run(NODE, self.settings.prefix)
             self.checkpoint = Checkpoint.start(folder, description)
         elif finished.state is not None:
             run.load(finished.state)
@@ -100,7 +100,7 @@ class SegmentStream:
     def _resume(self, description: dict[str, Any]) -> Finished | None:
         """The newest unfinished run of this prefix that is the same run."""
         reasons = []
-        for folder, name, subfolder in unfinished_runs(self.settings.prefix):
+        for folder, name, subfolder in unfinished_runs(NODE, self.settings.prefix):
             try:
                 self.checkpoint = Checkpoint.open(folder, description)
                 finished = self.checkpoint.load()

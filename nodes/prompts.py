@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from .acceleration import CATEGORY
+from .inputs import checked
 
 NODE = "Segment Prompt"
 SEGMENT = "arva_segment"
@@ -64,6 +65,7 @@ class ARVASegmentPrompt(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, conditioning: list, next: list, from_segment: int) -> io.NodeOutput:
         if any(segment_of(options) == from_segment for _, options in conditioning):
             raise ValueError(

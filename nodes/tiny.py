@@ -12,6 +12,7 @@ from torch import Tensor
 from ..demo.codec import CHANNELS, PATCH, TinyCodec
 from ..demo.prompt import embed_text
 from .host_files import empty_latent, register_tiny_models, to_latent_space, to_model_space
+from .inputs import checked
 
 CATEGORY = "AR Video/tiny"
 FRAMES = 52
@@ -106,6 +107,7 @@ class ARVATinyPrompt(io.ComfyNode):
         return True
 
     @classmethod
+    @checked
     def execute(cls, text: str) -> io.NodeOutput:
         return io.NodeOutput([[embed_text(text), {}]])
 
@@ -130,8 +132,11 @@ class ARVATinyLatent(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, frames: int, width: int, height: int, batch_size: int) -> io.NodeOutput:
-        return io.NodeOutput({"samples": empty_latent(batch_size, CHANNELS, frames, height // PATCH, width // PATCH)})
+        return io.NodeOutput(
+            {"samples": empty_latent("Tiny AR Latent", batch_size, CHANNELS, frames, height // PATCH, width // PATCH)}
+        )
 
 
 class ARVATinyCodec(io.ComfyNode):
@@ -149,6 +154,7 @@ class ARVATinyCodec(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(TinyVAE(TinyCodec.load()))
 
