@@ -186,7 +186,7 @@ def noise_table(table: Tensor | Sequence[float], steps: int | None = None) -> Te
     if levels.ndim != 1 or levels.numel() < 2 or (steps is not None and levels.numel() != steps + 1):
         raise ValueError(
             f"Noise table: needs {expected} noise levels in one row, one more than there are steps, "
-            f"got shape {tuple(levels.shape)}."
+            f"got shape {tuple(levels.shape)}; use the schedule of one run."
         )
     if not bool((levels[1:] < levels[:-1]).all()) or levels[0] > 1 or levels[-1] != 0:
         raise ValueError(

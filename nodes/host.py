@@ -91,7 +91,20 @@ def video_latent(model: Any, latent: dict[str, Any]) -> dict[str, Any]:
             f"{NODE}: latent_image has {out['samples'].shape[1]} channels, the model works on {channels}; "
             "connect an empty latent made for this model."
         )
+    _check_patches(model.model.diffusion_model, out["samples"])
     return out
+
+
+def _check_patches(network: torch.nn.Module, samples: Tensor) -> None:
+    """Raises ValueError for a size that core's causal model cannot cut into patches; core pads it for the others."""
+    if not hasattr(network, "init_kv_caches"):
+        return
+    _, rows, columns = network.patch_size
+    if samples.shape[3] % rows or samples.shape[4] % columns:
+        raise ValueError(
+            f"{NODE}: latent_image is {list(samples.shape)}, and causal blocks need a height that divides by {rows} "
+            f"and a width that divides by {columns}; use a size in pixels that divides by 16."
+        )
 
 
 def sample_segments(
