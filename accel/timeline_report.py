@@ -84,7 +84,7 @@ def summary(timeline: Timeline) -> str:
         _reasons_line(timeline),
         cost_line(timeline),
         _error_line(timeline),
-        timeline.settings.get("auto"),
+        *told_settings(timeline, "auto"),
         *memory_lines(timeline),
         why_nothing_skipped(timeline),
     ]
@@ -93,8 +93,14 @@ def summary(timeline: Timeline) -> str:
 
 def memory_lines(timeline: Timeline) -> list[str]:
     """What a causal model's K/V were kept and read as, where that was not simply all of them."""
-    told = {key: timeline.settings.get(key) for key in ("K/V", "attention", "out of memory")}
-    return [f"{key}: {value}" for key, value in told.items() if isinstance(value, str)]
+    names = ("K/V", "attention", "out of memory")
+    return [f"{name}: {value}" for name in names for value in told_settings(timeline, name)]
+
+
+def told_settings(timeline: Timeline, name: str) -> list[str]:
+    """An entry of the settings, where it is there and a text."""
+    value = timeline.settings.get(name)
+    return [value] if isinstance(value, str) else []
 
 
 def why_nothing_skipped(timeline: Timeline) -> str | None:
