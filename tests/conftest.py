@@ -10,9 +10,17 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.fuzzing import summary
+
 settings.register_profile("short", max_examples=50, deadline=None)
 settings.register_profile("long", max_examples=2000, deadline=None)
 settings.load_profile("short")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many fuzz cases there were, by test and by what came of them."""
+    for line in summary():
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,9 @@ RUNS = {
 """Values that fit each other, of widgets that have to."""
 
 
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+
+
 def widget(told: Described) -> st.SearchStrategy[Any]:
     """Legal values of a widget, its edges more often than chance has it."""
     kind, low, high = told["type"], told.get("min"), told.get("max")
@@ -167,17 +170,19 @@ class Cases:
     def good(self, told: Described) -> st.SearchStrategy[Any]:
         """What an input is made for."""
         kind, name = told["type"], told["name"]
-        if name in RUNS:
-            return st.sampled_from(RUNS[name])
+        fitting = [value for value in RUNS.get(name, ()) if kind != "COMBO" or value in told["options"]]
+        if fitting:
+            return st.sampled_from(fitting)
         if kind in ("MODEL", "ARVA_STREAM"):
             return self.models if kind == "MODEL" else self.streams
-        if kind in ("INT", "FLOAT", "STRING"):
-            return st.just(told["default"]) if "default" in told else widget(told)
-        return VALUES[kind][0] if kind in VALUES else widget(told) if kind in ("BOOLEAN", "COMBO") else NONSENSE
+        if kind in ("INT", "FLOAT", "STRING") and "default" in told:
+            default = st.just(told["default"])
+            return st.one_of(default, default, widget(told)) if kind == "INT" else default
+        return VALUES[kind][0] if kind in VALUES else widget(told) if kind in WIDGETS else NONSENSE
 
     def odd(self, told: Described) -> st.SearchStrategy[Any]:
         """What an input may be given all the same: its edges, what is like it, and anything."""
-        if told["type"] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+        if told["type"] in WIDGETS:
             return st.one_of(widget(told), widget(told), NONSENSE)
         if told["type"] == "MODEL":
             return st.one_of(ODD_MODEL, NONSENSE)
@@ -193,7 +198,7 @@ class Cases:
         if not told:
             return good
         change = st.sampled_from(sorted(told)).flatmap(lambda name: st.tuples(st.just(name), self.odd(told[name])))
-        changes = st.one_of(st.lists(change, min_size=1, max_size=1), st.lists(change, max_size=3))
+        changes = st.sampled_from((0, 1, 1, 1, 2, 3)).flatmap(lambda n: st.lists(change, min_size=n, max_size=n))
         return st.builds(lambda given, odd: given | dict(odd), good, changes)
 
     @cached_property
@@ -207,11 +212,7 @@ class Cases:
         return self._behind("ARVAStreamSegments")
 
     def _behind(self, node: str, model: st.SearchStrategy[Any] | None = None) -> st.SearchStrategy[Any]:
-        """The first output of a node that is given legal values."""
-        inputs = {}
-        for told in self.nodes[node]["inputs"]:
-            plain = told["type"] in ("INT", "FLOAT") and told["name"] not in RUNS
-            inputs[told["name"]] = (
-                model if told["type"] == "MODEL" else widget(told) if plain else self.good(told)
-            )  # fmt: skip
+        """The first output of a node that is given what its inputs are made for."""
+        told = self.nodes[node]["inputs"]
+        inputs = {one["name"]: model if one["type"] == "MODEL" else self.good(one) for one in told}
         return fields(of="node", node=node, inputs=st.fixed_dictionaries(inputs))

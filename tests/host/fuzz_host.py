@@ -25,12 +25,14 @@ class FuzzHost:
     """For the length of a ``with`` block.
 
     Attributes:
-        nodes: what every node of the pack says of itself, by id: ``title`` and ``inputs``.
+        nodes: what every node of the pack says of itself, by id: ``title``, ``inputs`` and ``outputs``. cases: the
+            strategies made from that.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.nodes: dict[str, dict[str, Any]] = {}
+        self.cases: Any = None
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> FuzzHost:

@@ -12,16 +12,33 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzzing import assert_sentence, counted
-from tests.host.fuzz_cases import Cases
+from tests.host.fuzz_cases import TEXT, WIDGETS, Cases
 from tests.host.fuzz_host import FuzzHost
 
 NODES = json.loads((Path(__file__).parents[1] / "golden" / "node_ids.json").read_text())
 SLOW = 10.0
+NAN = float("nan")
+WRONG = {
+    "INT": (None, "1", NAN, float("inf"), 1.5, -(2**70), 2**70, [], {"$": "weird"}),
+    "FLOAT": (None, "0.5", NAN, float("inf"), float("-inf"), -1e300, 10**400, {"$": "tensor", "shape": [1]}),
+    "STRING": (None, 3, NAN, ["a"], {"$": "bytes", "text": "a"}),
+    "BOOLEAN": (None, "true", 2, NAN, []),
+    "COMBO": (None, "no such thing", 3, NAN, ["a"], {"$": "weird"}),
+}
+STREAM = {"filename_prefix": "ar", "fps": 16.0, "format": "mp4", "resume": True, "every": 1, "context": 0}
+LINKS = {
+    "MODEL": {"$": "model", "kind": "causal"}, "LATENT": {"samples": {"$": "tensor", "shape": [1, 16, 4, 4, 4]}},
+    "CONDITIONING": [[TEXT, {}]], "IMAGE": {"$": "tensor", "shape": [2, 8, 8, 3]},
+    "SIGMAS": {"$": "tensor", "values": [1.0, 0.5, 0.0]}, "VAE": {"$": "vae", "kind": "tiny"},
+    "ARVA_TIMELINE": {"$": "timeline"},
+    "ARVA_STREAM": {"$": "node", "node": "ARVAStreamSegments", "inputs": STREAM},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def host(comfy_root: Path) -> Iterator[FuzzHost]:
     with FuzzHost(comfy_root) as running:
+        running.cases = Cases(running.nodes)
         yield running
 
 
@@ -38,9 +55,49 @@ def judge(test: str, node: str, inputs: dict[str, Any], answer: dict[str, Any]) 
         assert answer["finite"] or not answer["sound"], f"made NaN or infinity of finite inputs\n{case}"
 
 
+def cases(share: float) -> settings:
+    """A share of the profile's examples."""
+    return settings(
+        max_examples=max(1, round(settings.default.max_examples * share)), suppress_health_check=HealthCheck
+    )
+
+
 @pytest.mark.parametrize("node", NODES)
-@settings(suppress_health_check=list(HealthCheck))
+@cases(0.4)
 @given(data=st.data())
 def test_a_node_works_or_refuses_in_a_sentence(host: FuzzHost, node: str, data: st.DataObject) -> None:
-    inputs = data.draw(Cases(host.nodes).inputs(node), label=node)
-    judge("node inputs", node, inputs, host.run(node, inputs))
+    inputs = data.draw(host.cases.inputs(node), label=node)
+    judge(f"inputs of {host.nodes[node]['title']}", node, inputs, host.run(node, inputs))
+
+
+def test_every_wrong_widget_value_is_named(host: FuzzHost) -> None:
+    for node, told in host.nodes.items():
+        for one in (one for one in told["inputs"] if one["type"] in WIDGETS):
+            for wrong in WRONG[one["type"]][one["optional"] :]:  # None is nothing where nothing is needed
+                inputs = usual(told) | {one["name"]: wrong}
+                answer = host.run(node, inputs)
+                judge("wrong widget values", node, inputs, answer)
+                assert answer["outcome"] == "refused", f"{node} takes {wrong!r} for {one['name']}"
+                assert answer["message"].startswith(f"{told['title']}: {one['name']} is "), answer["message"]
+
+
+def test_every_missing_link_is_named(host: FuzzHost) -> None:
+    for node, told in host.nodes.items():
+        for one in (one for one in told["inputs"] if one["type"] not in WIDGETS):
+            for wrong in (3, "text", {"$": "weird"}, {"$": "tensor", "shape": [2], "dtype": "int64"}):
+                inputs = usual(told) | {one["name"]: wrong}
+                answer = host.run(node, inputs)
+                judge("wrong links", node, inputs, answer)
+                assert answer["outcome"] == "refused", f"{node} takes {wrong!r} for {one['name']}"
+                assert answer["message"].startswith(f"{told['title']}: {one['name']} is "), answer["message"]
+
+
+def usual(told: dict[str, Any]) -> dict[str, Any]:
+    """Every input of a node as it is meant to be."""
+    inputs = {}
+    for one in told["inputs"]:
+        if one["type"] in LINKS or "default" in one:
+            inputs[one["name"]] = one.get("default", LINKS.get(one["type"]))
+        elif one["type"] == "COMBO":
+            inputs[one["name"]] = one["options"][0]
+    return inputs
