@@ -18,9 +18,9 @@ REMEDY = re.compile(
 )
 
 
-def counted(test: str, outcome: str) -> None:
-    """One more case of ``test`` that ended like this."""
-    CASES[test, outcome] += 1
+def counted(test: str, outcome: str, cases: int = 1) -> None:
+    """So many more cases of ``test`` ended like this."""
+    CASES[test, outcome] += cases
 
 
 def assert_sentence(message: str) -> None:
