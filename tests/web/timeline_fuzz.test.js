@@ -81,4 +81,4 @@ it(`${CASES} timelines of any content are shown or refused in a sentence`, () =>
   expect(outcomes.shown).toBeGreaterThan(CASES / 20);
   expect(outcomes.refused).toBeGreaterThan(CASES / 4);
   console.log(`fuzz outcomes: ${outcomes.shown} shown, ${outcomes.refused} refused`);
-});
+}, 120_000);
