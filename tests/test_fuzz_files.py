@@ -27,6 +27,7 @@ from accel.tensor_file import read_json, read_tensors, write_json, write_tensors
 from accel.timeline import Timeline
 from demo.codec import TinyCodec
 from demo.model import TinyConfig, TinyWan, load_model, save_model
+from headless.run_workflow import WORKFLOW, WorkflowFailed, changed, read_workflow
 from tests.fakes import make_run
 from tests.fuzzing import altered, assert_sentence, counted, damaged
 
@@ -217,6 +218,21 @@ def test_damaged_weights_are_read_or_refused(weights, tmp_path_factory, data: st
     path.write_bytes(data.draw(damaged(whole)))
     with judged("weights"):
         reader(path)
+
+
+@quiet
+@given(data=st.data())
+def test_a_damaged_workflow_file_is_refused_or_changed(tmp_path_factory, data: st.DataObject) -> None:
+    path = tmp_path_factory.getbasetemp() / "workflow.json"
+    path.write_bytes(data.draw(damaged(WORKFLOW.read_bytes())))
+    try:
+        graph = changed(read_workflow(path), data.draw(st.lists(st.text(max_size=12), max_size=2)))
+    except WorkflowFailed as error:
+        counted("workflow files", "refused")
+        assert "give" in str(error) or "write" in str(error)
+    else:
+        counted("workflow files", "read")
+        assert isinstance(graph, dict)
 
 
 class Marker:

@@ -130,9 +130,10 @@ ODD_PROMPT = st.lists(
 )
 GOOD_IMAGE = floats(st.just([2, 8, 8, 3]))
 SIDES = st.sampled_from((1, 2, 8, 13))
+IMAGE_SHAPE = st.tuples(st.integers(1, 3), SIDES, SIDES, st.sampled_from((3, 4, 1)))
 ODD_IMAGE = st.one_of(
     tensors(st.just([2, 8, 8, 3])), tensors(ANY_SHAPE),
-    tensors(st.tuples(st.integers(1, 3), SIDES, SIDES, st.sampled_from((3, 4, 1)))),
+    tensors(IMAGE_SHAPE),
 )  # fmt: skip
 FALLING = st.lists(st.floats(0.01, 1.0), min_size=1, max_size=4, unique=True).map(lambda v: [*sorted(v)[::-1], 0.0])
 ODD_LEVELS = st.one_of(

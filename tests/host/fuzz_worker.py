@@ -136,6 +136,8 @@ def build(value: Any) -> Any:
 
 def run(node: str, inputs: dict[str, Any]) -> tuple:
     """As core executes a node: through its own normalisation, on a locked clone of the class."""
+    if node.startswith("TinyVAE."):
+        return (getattr(run("ARVATinyCodec", {})[0], node.partition(".")[2])(**inputs),)
     kind = OURS[node].PREPARE_CLASS_CLONE(None)
     return kind.EXECUTE_NORMALIZED(**inputs).args
 

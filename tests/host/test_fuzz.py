@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzzing import assert_sentence, counted
-from tests.host.fuzz_cases import TEXT, WIDGETS, Cases
+from tests.host.fuzz_cases import ANY_SHAPE, IMAGE_SHAPE, TEXT, VIDEO_SHAPE, WIDGETS, Cases, tensors
 from tests.host.fuzz_host import FuzzHost
 
 NODES = json.loads((Path(__file__).parents[1] / "golden" / "node_ids.json").read_text())
@@ -68,6 +68,15 @@ def cases(share: float) -> settings:
 def test_a_node_works_or_refuses_in_a_sentence(host: FuzzHost, node: str, data: st.DataObject) -> None:
     inputs = data.draw(host.cases.inputs(node), label=node)
     judge(f"inputs of {host.nodes[node]['title']}", node, inputs, host.run(node, inputs))
+
+
+@pytest.mark.parametrize("method", ["decode", "encode", "decode_tiled", "encode_tiled"])
+@cases(0.2)
+@given(data=st.data())
+def test_the_tiny_codec_works_or_refuses_in_a_sentence(host: FuzzHost, method: str, data: st.DataObject) -> None:
+    given, shapes = ("latents", VIDEO_SHAPE) if "decode" in method else ("pixels", IMAGE_SHAPE)
+    inputs = {given: data.draw(st.one_of(tensors(shapes), tensors(shapes), tensors(ANY_SHAPE)))}
+    judge("the tiny codec", f"TinyVAE.{method}", inputs, host.run(f"TinyVAE.{method}", inputs))
 
 
 def test_every_wrong_widget_value_is_named(host: FuzzHost) -> None:
