@@ -1,4 +1,8 @@
-"""What a model has to offer to be accelerated."""
+"""What a model has to offer to be accelerated.
+
+An adapter makes a ``Denoiser`` of a foreign model. It turns noise levels into the model's times, its prediction into a
+velocity v = noise - x0, and says what a forward costs; the README's "Write an adapter" shows one, line by line.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Finished segments as videos: decoded in order, each behind the latent frames before it, and appended.
+"""Finished segments as videos: decoded in order, each behind what came before it, and appended.
 
-Nothing of a segment stays here but its last latent frames, which the next one is decoded with.
+Nothing of a segment stays here but what the next one is decoded with.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..accel.checkpoint import Checkpoint
+from .host_vae import WARM, segment_decoder
 from .stream import NODE, StreamSettings
 from .video_file import VideoFile
 
@@ -35,7 +36,7 @@ class SegmentVideos:
         self.settings, self.checkpoint, self.name = settings, checkpoint, name
         self.patcher, self.to_latent, self.prefix = patcher, to_latent, prefix
         self._files: list[VideoFile] = []
-        self._tail: Tensor | None = None
+        self._decoder = segment_decoder(settings.vae, settings.context)
         self._frames = 0
         self._ends: list[dict[str, Any]] = []
 
@@ -51,26 +52,20 @@ class SegmentVideos:
         for file, size in zip(self._files, sizes, strict=True):
             file.cut(size)
         self._ends, self._frames = ends, ends[-1]["frames"]
-        for latents in (*([] if self.prefix is None else [self.prefix]), *finished):
-            self._remember(latents)
+        self._resume([*([] if self.prefix is None else [self.prefix]), *finished])
         return None
 
     def append(self, latents: Tensor) -> None:
-        """Decodes the next segment ``[B, C, T, H, W]`` behind the latent frames before it and appends its frames."""
+        """Decodes the next segment ``[B, C, T, H, W]`` and appends its frames."""
         if not self._ends and self.prefix is not None:
             latents = torch.cat((self.prefix.to(latents), latents), 2)
-        images = self._decode(latents)
-        if len(self._files) != len(images):
-            self._files = [self._file(index) for index in range(len(images))]
-        sizes = [file.append(clip, self._frames) for file, clip in zip(self._files, images, strict=True)]
-        self._frames += images.shape[1]
-        self._remember(latents)
-        self._ends = [*self._ends, {"sizes": sizes, "frames": self._frames}]
-        names = [file.path.name for file in self._files]
-        self.checkpoint.note(video={"settings": self._settings, "files": names, "ends": self._ends})
+        self._write(self._with_model(lambda: self._decoder.decode(self.to_latent(latents)), latents.shape))
 
     def finish(self, metadata: Mapping[str, str]) -> list[Path]:
         """Completes the files and says where they are."""
+        images = self._with_model(self._decoder.finish, None)
+        if images is not None:
+            self._write(images)
         self.checkpoint.note(video={})  # a completed file cannot grow: a run cut off here makes it again
         for file in self._files:
             file.finish(metadata)
@@ -78,7 +73,7 @@ class SegmentVideos:
 
     @property
     def _settings(self) -> list[Any]:
-        return [self.settings.format, self.settings.fps, self.settings.context]
+        return [self.settings.format, self.settings.fps, self._decoder.kind]
 
     def _noted(self, count: int) -> list[dict[str, Any]]:
         """Where the videos of so many segments ended, as it was noted; empty where they have to be made again."""
@@ -97,22 +92,38 @@ class SegmentVideos:
         for latents in finished:
             self.append(latents)
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        """Frames ``[B, F, H, W, 3]`` of new latents, without those of the latent frames before them."""
-        vae, before = self.settings.vae, self._tail
-        given = latents if before is None else torch.cat((before.to(latents), latents), 2)
-        try:
-            images = vae.decode(self.to_latent(given))
-        finally:
-            comfy.model_management.load_models_gpu(
-                [self.patcher], memory_required=self.patcher.memory_required(list(given.shape))
-            )
-        return images if before is None else images[:, -latents.shape[2] * (vae.temporal_compression_decode() or 1) :]
+    def _write(self, images: Tensor) -> None:
+        """Appends frames ``[B, F, H, W, 3]`` and notes where the videos end now."""
+        if len(self._files) != len(images):
+            self._files = [self._file(index) for index in range(len(images))]
+        if images.shape[1]:
+            sizes = [file.append(clip, self._frames) for file, clip in zip(self._files, images, strict=True)]
+        else:
+            sizes = self._ends[-1]["sizes"]
+        self._frames += images.shape[1]
+        self._ends = [*self._ends, {"sizes": sizes, "frames": self._frames}]
+        names = [file.path.name for file in self._files]
+        self.checkpoint.note(video={"settings": self._settings, "files": names, "ends": self._ends})
 
-    def _remember(self, latents: Tensor) -> None:
-        """Keeps the last latent frames, which the next segment is decoded with."""
-        both = latents if self._tail is None else torch.cat((self._tail, latents.cpu()), 2)
-        self._tail = both[:, :, -self.settings.context :].cpu().clone() if self.settings.context else None
+    def _resume(self, parts: Sequence[Tensor]) -> None:
+        """Lets the decoder go on behind the latents ``parts``, the whole video so far."""
+        tail: list[Tensor] = []
+        for latents in reversed(parts):
+            if sum(part.shape[2] for part in tail) >= max(WARM, self.settings.context):
+                break
+            tail.insert(0, latents)
+        latents, count = self.to_latent(torch.cat(tail, 2)), sum(part.shape[2] for part in parts)
+        self._with_model(lambda: self._decoder.resume(latents, count), latents.shape)
+
+    def _with_model(self, decode: Callable[[], Any], shape: Sequence[int] | None) -> Any:
+        """What ``decode`` returns, with the MODEL back in memory behind it where more sampling follows."""
+        try:
+            return decode()
+        finally:
+            if shape is not None:
+                comfy.model_management.load_models_gpu(
+                    [self.patcher], memory_required=self.patcher.memory_required(list(shape))
+                )
 
     def _file(self, index: int) -> VideoFile:
         mark = f"clip{index + 1}" if index else ""

@@ -122,7 +122,10 @@ def make_job(
     causal = mode == CAUSAL
     solver = solver if solver != "auto" else "re-noise" if causal else "euler"
     if causal and regime != "causal":
-        _refuse("mode is causal blocks, which this model cannot do: it has no K/V store; use diffusion forcing or auto")
+        _refuse(
+            "mode is causal blocks, which this model cannot do: it has no K/V store; use diffusion forcing or auto, or "
+            "load it with Load AR Video Model if it was trained to be causal"
+        )
     if causal and solver == "unipc":
         _refuse("solver is unipc, which keeps a history that causal blocks do not have; use euler, re-noise or auto")
     if not causal and solver == "re-noise":

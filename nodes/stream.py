@@ -79,7 +79,8 @@ class ARVAStreamSegments(io.ComfyNode):
                              "window more than 1 saves disk writes; the segments since are made again."),
                 io.Int.Input("context", default=4, min=0, max=256, advanced=True,
                              tooltip="Latent frames before a segment that are decoded with it and left out, for a VAE "
-                             "that looks back in time. More come closer to decoding the whole video at once."),
+                             "that looks back in time. More come closer to decoding the whole video at once. Wan 2.1's "
+                             "VAE is carried on from segment to segment instead, which is exact."),
             ],
             outputs=[StreamType.Output("stream", display_name="stream", tooltip="For AR Segment Sampler.")],
         )  # fmt: skip

@@ -8,19 +8,12 @@ import torch
 from accel.sampling import SegmentPlan, diffusion_forcing
 from accel.schedule import skyreels_sigmas, timesteps
 from accel.solver import UniPCSolver
-from demo.model import TinyConfig, TinyWan, block_causal_mask
+from accel.wan_keys import fold_frame_rate
+from demo.model import TinyWan, block_causal_mask
 from tests.fakes import make_run, video
+from tests.miniatures import GOLDEN, wan_weights
 
 SHAPE = (1, 4, 6, 4, 6)
-
-
-def formula(name: str, shape: torch.Size, shift: bool = False) -> torch.Tensor:
-    """The reference's weights, given by formula."""
-    h = sum(name.encode()) % 97
-    scale = math.sqrt(shape[-1]) if len(shape) > 1 else 4.0
-    i = torch.arange(shape.numel(), dtype=torch.float64)
-    w = 1.6 * torch.sin(0.731 * i + 0.17 * h + 0.003 * i * h) / scale
-    return (w + float(shift)).reshape(shape).float()
 
 
 def wave(step: float, start: float, shape: tuple[int, ...]) -> torch.Tensor:
@@ -30,16 +23,8 @@ def wave(step: float, start: float, shape: tuple[int, ...]) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def model() -> TinyWan:
     """The reference model with its frame rate (24: class 1) folded into the bias of the time projection."""
-    config = TinyConfig(dim=48, ffn_dim=64, num_layers=2, num_heads=4, in_dim=4, text_dim=32, freq_dim=16)
-    made = TinyWan(config)
-    shifted = ("norm_q.weight", "norm_k.weight", "norm3.weight")
-    made.load_state_dict({k: formula(k, v.shape, k.endswith(shifted)) for k, v in made.state_dict().items()})
-    rate = formula("fps_embedding.weight", torch.Size((2, 48)))[1]
-    for layer, width in (("0", 48), ("2", 288)):
-        weight = formula(f"fps_projection.{layer}.weight", torch.Size((width, 48)))
-        rate = weight @ rate + formula(f"fps_projection.{layer}.bias", torch.Size((width,)))
-        rate = torch.nn.functional.silu(rate) if layer == "0" else rate
-    made.time_projection[1].bias.data += rate
+    made = TinyWan(GOLDEN)
+    made.load_state_dict(fold_frame_rate(wan_weights(GOLDEN, frame_rate=True), 24))
     return made.eval().requires_grad_(False)
 
 

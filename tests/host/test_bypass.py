@@ -47,7 +47,7 @@ def with_mode(template: dict[str, Any], mode: int) -> dict[str, Any]:
 def test_a_bypassed_acceleration_node_passes_the_model_straight_through(name: str, infos: dict[str, Any]) -> None:
     template = load_template(name)
     plain = to_api(with_mode(template, BYPASSED), infos)
-    (loader,) = nodes_of(plain, "UNETLoader")
+    (loader,) = nodes_of(plain, "UNETLoader") + nodes_of(plain, "ARVALoadModel")
     for sampler in nodes_of(plain, SAMPLER):
         assert plain[sampler]["inputs"]["model"] == [loader, 0]
     assert not [node for node in plain.values() if node["class_type"] in ACCELERATION]

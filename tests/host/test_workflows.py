@@ -12,6 +12,7 @@ from typing import Any
 import av
 import pytest
 import tomllib
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -23,6 +24,7 @@ from tests.host.workflow_run import (
     AGREEMENT,
     NAMES,
     OTHERS_WEIGHTS,
+    PUBLISHED,
     SAMPLER,
     THUMBNAIL_BYTES,
     WORKFLOWS,
@@ -35,6 +37,7 @@ from tests.host.workflow_run import (
     run_workflows,
     video_nodes,
 )
+from tests.miniatures import CAUSAL, prefixed, save_whole, training_file, wan_weights
 
 ALL_NAMES = (*NAMES, *OTHERS_WEIGHTS)
 SHORT = {
@@ -78,13 +81,15 @@ def with_stand_ins(graph: Graph) -> Graph:
     """The graph with the tiny causal model in the place of weights that are not part of the pack."""
     graph = copy.deepcopy(graph)
     changes = {"unet_name": "tiny-causal.safetensors", "width": 64, "height": 64}
+    negatives = {graph[sampler]["inputs"]["negative"][0] for sampler in nodes_of(graph, SAMPLER)}
     swaps = {"CLIPTextEncode": "ARVATinyPrompt", "VAELoader": "ARVATinyCodec"}
     for node_id, node in list(graph.items()):
         node["inputs"] |= {key: value for key, value in changes.items() if key in node["inputs"]}
         if node["class_type"] == "CLIPLoader":
             del graph[node_id]
         elif node["class_type"] in swaps:
-            text = {"text": "red disc, float, still"} if "text" in node["inputs"] else {}
+            said = "" if node_id in negatives else "red disc, float, still"
+            text = {"text": said} if "text" in node["inputs"] else {}
             graph[node_id] = {"class_type": swaps[node["class_type"]], "inputs": text}
     return graph
 
@@ -140,8 +145,8 @@ def test_every_model_to_download_has_its_address_and_folder(name: str) -> None:
     for node, model in wanted:
         assert sorted(model) == ["directory", "name", "url"] and model["name"] in node["widgets_values"]
         assert model["url"].startswith("https://huggingface.co/")
-        assert model["url"].endswith(f"/{model['directory']}/{model['name']}")
-        assert model["url"] in notes and f"models/{model['directory']}" in notes
+        saved = "" if model["url"].endswith(f"/{model['name']}") else f" as `{model['name']}`"
+        assert f"({model['url']}) into `models/{model['directory']}`{saved}\n" in notes
 
 
 def test_no_node_covers_another(name: str) -> None:
@@ -253,6 +258,58 @@ def test_nothing_but_the_weights_is_missing_for_it(server: ComfyServer, infos: d
         (reason,) = found[node_id]["errors"]
         assert reason["type"] == "value_not_in_list"
         assert reason["extra_info"]["received_value"] == model["name"]
+
+
+def miniature(name: str, folder: Path) -> Path:
+    """A tiny model in the layout of the file that a template of ``PUBLISHED`` loads, under that file's name."""
+    graph = load_graph(name)
+    (loader,) = nodes_of(graph, "ARVALoadModel")
+    path = folder / graph[loader]["inputs"]["model_name"]
+    weights = wan_weights(CAUSAL, frame_rate=name == "skyreels_diffusion_forcing")
+    if path.suffix == ".pt":
+        inner = "model._fsdp_wrapped_module." if name == "causal_forcing_chunkwise" else "model."
+        torch.save(training_file(weights, inner, ema=name != "causvid"), path)
+        return path
+    return save_whole(prefixed(weights, "model.") if name == "krea_realtime" else weights, path)
+
+
+FOUND = {
+    "skyreels_diffusion_forcing": "SkyReels-V2 DF, because it embeds the frame rate",
+    "skyreels_14b": "SkyReels-V2 DF, because family was chosen",
+    "self_forcing": "Self-Forcing, because family was chosen",
+    "causal_forcing_chunkwise": "Causal-Forcing, because family was chosen",
+    "causvid": "CausVid, because family was chosen",
+    "krea_realtime": "Krea Realtime, because family was chosen",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_models_workflow_runs_with_a_miniature_of_its_file(
+    server: ComfyServer, infos: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    graph = with_stand_ins(load_graph(name))
+    (sampler,), (latent,) = nodes_of(graph, SAMPLER), nodes_of(graph, "EmptyARVideoLatent")
+    settings, frames = graph[sampler]["inputs"], (graph[latent]["inputs"]["length"] - 1) // 4 + 1
+    if settings["mode"] == "diffusion forcing":
+        settings |= {"steps": 8, "ar_step": min(settings["ar_step"], 2)}
+    model = miniature(name, server.models_dir / "diffusion_models")
+    try:
+        run = run_graph(server, graph, tmp_path)
+    finally:
+        model.unlink()
+    (made,) = run.samplers.values()
+    check_timeline(made, frames)
+    (video,) = run.videos
+    assert len(decoded(video)) == frames
+    assert bool(load_file(made.latent)["latent_tensor"].isfinite().all())
+    texts = [shown["text"][0] for shown in run.entry["outputs"].values() if "text" in shown]
+    assert any(text.startswith(f"{model.name}: {FOUND[name]}") for text in texts)
+    calls = made.totals["calls"]
+    if settings["mode"] == "causal blocks":
+        steps = 3 if "sigmas" in settings else 4
+        assert calls == {"recompute": frames // 3 * steps, "predict": 0, "cache": 0, "commit": frames // 3}
+    elif name == "skyreels_diffusion_forcing":
+        assert calls["cache"] + calls["predict"] > 0 and made.totals["flop_ratio"] > 1
 
 
 def test_the_causal_forcing_workflow_runs_with_a_tiny_model_in_its_place(

@@ -31,7 +31,13 @@ NAMES = (
     "tiny_diffusion_forcing", "tiny_chunk_cache", "tiny_next_clip", "tiny_causal", "tiny_stream",
     "tiny_long_video", "tiny_accelerate_compare",
 )  # fmt: skip
-OTHERS_WEIGHTS = ("causal_forcing_fast",)  # runs only with checkpoints that are not part of the pack
+# These run only with checkpoints that are not part of the pack: the first with core's loader, the others with ours.
+REPACKAGED = ("causal_forcing_fast",)
+PUBLISHED = (
+    "skyreels_diffusion_forcing", "skyreels_14b", "self_forcing", "causal_forcing_chunkwise", "causvid",
+    "krea_realtime",
+)  # fmt: skip
+OTHERS_WEIGHTS = (*REPACKAGED, *PUBLISHED)
 SAMPLER, TIMELINE, VIDEO = "ARVASegmentSampler", "ARVATimeline", "SaveVideo"
 LATENT_NODE = "latent of "
 RUN_SECONDS = 1800.0
