@@ -16,7 +16,7 @@ from tests.host.fuzz_cases import ANY_SHAPE, IMAGE_SHAPE, TEXT, VIDEO_SHAPE, WID
 from tests.host.fuzz_host import FuzzHost
 
 NODES = json.loads((Path(__file__).parents[1] / "golden" / "node_ids.json").read_text())
-SLOW = 10.0
+SLOW = 20.0
 NAN = float("nan")
 WRONG = {
     "INT": (None, "1", NAN, float("inf"), 1.5, -(2**70), 2**70, [], {"$": "weird"}),
