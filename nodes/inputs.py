@@ -119,7 +119,7 @@ def _is_latent(value: Any) -> bool:
     return isinstance(value, Mapping) and hasattr(value.get("samples"), "shape")
 
 
-kind_of("MODEL", lambda value: hasattr(value, "model_options") and hasattr(value, "clone"), "the model of a loader")
+kind_of("MODEL", lambda value: hasattr(value, "model_options") and hasattr(value, "model"), "the model of a loader")
 kind_of("VAE", lambda value: hasattr(value, "decode"), "the VAE of a loader")
 kind_of("CONDITIONING", _is_conditioning, "the conditioning of a text encoder")
 kind_of("LATENT", _is_latent, "an empty video latent")
