@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any
 
 from torch import Tensor
@@ -90,13 +91,13 @@ class Checkpoint:
             raise ValueError(f"Checkpoint: {folder} cannot be resumed: {error}; {REMEDY}.") from None
         if manifest.get("version") != VERSION:
             raise ValueError(
-                f"Checkpoint: {folder} has version {manifest.get('version')!r}, this release reads {VERSION}; resume "
-                "it with the release that wrote it, or start the run anew."
+                f"Checkpoint: {folder} has version {shorten(manifest.get('version'))}, this release reads {VERSION}; "
+                "resume it with the release that wrote it, or start the run anew."
             )
+        _check_manifest(folder, manifest)
         checkpoint = cls(folder, manifest["description"])
         checkpoint.notes = manifest["notes"]
         checkpoint._segments, checkpoint._state = manifest["segments"], manifest["state"]
-        checkpoint._check_names()
         if description is not None and (changes := differences(checkpoint.description, description)):
             raise ValueError(
                 f"Checkpoint: {folder} belongs to other settings: {'; '.join(changes)}; set them back to resume it."
@@ -144,9 +145,7 @@ class Checkpoint:
             ValueError: a file is missing or damaged.
         """
         keep = self.resumable
-        if keep > self.finished:
-            raise ValueError(f"Checkpoint: {self.folder} lists {self.finished} of {keep} segments; {REMEDY}.")
-        latents = tuple(self._read(entry)[0]["latents"] for entry in self._segments[:keep])
+        latents = tuple(self._latents(entry) for entry in self._segments[:keep])
         state = RunState(*self._read(self._state)) if self._state else None
         self._publish(self._segments[:keep], self._state)
         return Finished(latents, state)
@@ -158,7 +157,7 @@ class Checkpoint:
             ValueError: a file is missing or damaged.
         """
         for index, entry in enumerate(self._segments):
-            yield Segment(index, entry["start"], entry["end"], self._read(entry)[0]["latents"])
+            yield Segment(index, entry["start"], entry["end"], self._latents(entry))
 
     def remove(self) -> None:
         """Removes the run's files, the manifest first, and the folder where nothing else is in it."""
@@ -183,19 +182,46 @@ class Checkpoint:
             if ours and (path.name.endswith(PARTIAL) or (name != MANIFEST and name not in keep)):
                 path.unlink(missing_ok=True)
 
-    def _check_names(self) -> None:
-        for entry in (*self._segments, *([self._state] if self._state else [])):
-            name = entry["file"]
-            if not isinstance(name, str) or not _NAME.fullmatch(name) or (self.folder / name).is_symlink():
-                raise ValueError(
-                    f"Checkpoint: {self.folder} names the file {name!r}, which is none of its own; {REMEDY}."
-                )
+    def _latents(self, entry: Mapping[str, Any]) -> Tensor:
+        tensors, _ = self._read(entry)
+        if "latents" not in tensors:
+            raise ValueError(f"Checkpoint: {self.folder / entry['file']} holds no latents; {REMEDY}.")
+        return tensors["latents"]
 
     def _read(self, entry: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
         try:
             return read_tensors(self.folder / entry["file"], entry["digest"])
         except ValueError as error:
             raise ValueError(f"Checkpoint: {self.folder} cannot be resumed: {error}; {REMEDY}.") from None
+
+
+def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises ValueError for a manifest that no release wrote, or that names files which are none of its own."""
+    segments, state = manifest.get("segments"), manifest.get("state", ())
+    dicts = (manifest.get("description"), manifest.get("notes"), {} if state is None else state)
+    whole = isinstance(segments, list) and all(isinstance(value, dict) for value in (*dicts, *(segments or ())))
+    if not whole:
+        raise ValueError(f"Checkpoint: {folder} has a manifest that cannot be read; {REMEDY}.")
+    end = None
+    for index, entry in enumerate(segments):
+        _check_file(folder, entry, f"segment-{index:05}.safetensors")
+        start, last, end = entry.get("start"), end, entry.get("end")
+        if not all(type(place) is int for place in (start, end)) or not 0 <= start < end or last not in (None, start):
+            raise ValueError(
+                f"Checkpoint: {folder} lists segment {index} from {shorten(start)} to {shorten(end)}; {REMEDY}."
+            )
+    if state is not None:
+        after = state.get("after")
+        if type(after) is not int or not 0 < after <= len(segments):
+            raise ValueError(f"Checkpoint: {folder} lists {len(segments)} of {shorten(after)} segments; {REMEDY}.")
+        _check_file(folder, state, f"state-{after:05}.safetensors")
+
+
+def _check_file(folder: Path, entry: Mapping[str, Any], name: str) -> None:
+    if entry.get("file") != name or not isinstance(entry.get("digest"), str) or (folder / name).is_symlink():
+        raise ValueError(
+            f"Checkpoint: {folder} names the file {shorten(entry.get('file'))}, which is none of its own; {REMEDY}."
+        )
 
 
 def saved(segments: Iterator[Segment], run: Run, checkpoint: Checkpoint, every: int = 1) -> Iterator[Segment]:
@@ -224,4 +250,4 @@ def differences(then: Any, now: Any, name: str = "") -> list[str]:
         return []
     if any(isinstance(value, str) and value.startswith(DIGEST) for value in (then, now)):
         return [f"{name} is another one"]
-    return [f"{name} is {now!r}, was {then!r}"]
+    return [f"{name} is {shorten(now)}, was {shorten(then)}"]

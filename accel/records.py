@@ -7,6 +7,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, MutableSequence
 from dataclasses import dataclass
+from reprlib import repr as shorten
 from typing import Any
 
 SKIPS = ("predict", "cache")
@@ -46,7 +47,7 @@ class StepRecord:
     def __post_init__(self) -> None:
         decision = getattr(self.decision, "value", self.decision)
         if decision not in DECISIONS:
-            raise ValueError(f"StepRecord: decision must be one of {', '.join(DECISIONS)}, got {decision!r}.")
+            raise ValueError(f"StepRecord: decision must be one of {', '.join(DECISIONS)}, got {shorten(decision)}.")
         window = self.frames if self.window is None else self.window
         for name, (start, end) in (("frames", self.frames), ("window", window)):
             if not 0 <= start <= end:
@@ -134,7 +135,7 @@ class Records(MutableSequence[StepRecord]):
                 *(self._share(name, getattr(record, name)) for name in SHARED),
             )  # fmt: skip
         except (struct.error, TypeError, OverflowError) as error:
-            raise ValueError(f"StepRecord: {record} cannot be kept: {error}.") from error
+            raise ValueError(f"StepRecord: {shorten(record)} cannot be kept: {error}.") from error
 
     def _share(self, name: str, value: Any) -> int:
         if value is None:

@@ -77,7 +77,20 @@ class Resumable:
         return make()
 
     def load(self, state: RunState) -> None:
-        """Goes on where another run with the same settings stood; call before the first step."""
+        """Goes on where another run with the same settings stood; call before the first step.
+
+        Raises:
+            ValueError: a state that is none of such a run; this one cannot be used then.
+        """
+        try:
+            self._take_over(state)
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise ValueError(
+                f"Run state: the saved state does not fit this run ({type(error).__name__}: {error}); start the run "
+                "anew and remove its folder."
+            ) from error
+
+    def _take_over(self, state: RunState) -> None:
         facts = state.facts
         continue_timeline(self.timeline, Timeline.from_json(facts["timeline"]))
         self._learn(facts)

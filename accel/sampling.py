@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .call import Call, Family, Kind
 from .engine import Run
-from .schedule import StepMatrix, noise_table, step_matrix
+from .schedule import StepMatrix, noise_table, step_matrix, step_rows
 from .solver import EulerSolver, UniPCSolver
 
 Progress = Callable[[Call, Tensor], None]
@@ -80,14 +80,14 @@ class SegmentPlan:
 
     def matrices(self) -> list[StepMatrix]:
         """Step matrix of each segment."""
-        return [
-            step_matrix(end - start, self.steps, self.ar_step, self.block, prefix)
-            for start, end, prefix in self.intervals()
-        ]
+        return [step_matrix(*sizes) for sizes in self._sizes()]
 
     def calls(self) -> int:
-        """Guided denoising calls of the whole run."""
-        return sum(matrix.rows for matrix in self.matrices())
+        """Guided denoising calls of the whole run. Raises ValueError as ``step_matrix``."""
+        return sum(step_rows(*sizes) for sizes in self._sizes())
+
+    def _sizes(self) -> list[tuple[int, int, int, int, int]]:
+        return [(end - start, self.steps, self.ar_step, self.block, prefix) for start, end, prefix in self.intervals()]
 
 
 @dataclass(frozen=True, slots=True)

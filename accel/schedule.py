@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 Interval = tuple[int, int]
+MOST_ENTRIES = 1 << 27  # of a step matrix: 1 GiB
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,8 +116,21 @@ def step_matrix(
 
     Raises:
         ValueError: for what cannot be denoised whole: counts that are not multiples of ``block``, nothing left to
-            denoise, or more blocks in flight than the window holds.
+            denoise, more blocks in flight than the window holds, or a matrix that is beyond all measure.
     """
+    rows = step_rows(frames, steps, ar_step, block, prefix, window)
+    window = frames if window is None else min(window, frames)
+    lag = min(ar_step, steps)
+    behind = (torch.arange(frames) - prefix).div(block, rounding_mode="floor") * lag
+    index = (torch.arange(1, rows + 1)[:, None] - behind).clamp(0, steps + 1)
+    index[:, :prefix] = steps + 1
+    return StepMatrix(index, steps, lag, block, prefix, window)
+
+
+def step_rows(
+    frames: int, steps: int, ar_step: int = 0, block: int = 1, prefix: int = 0, window: int | None = None
+) -> int:
+    """Rows of the ``step_matrix`` of the same arguments, which are checked: its model calls. Raises as it does."""
     frames = _count("frames", frames, 1)
     steps = _count("steps", steps, 1)
     ar_step = _count("ar_step", ar_step, 0)
@@ -151,12 +165,13 @@ def step_matrix(
             f"that a window of {window} latent frames holds; use an ar_step of at least {-(-steps // held)}, or a "
             f"window of {frames}."
         )
-    lag = min(ar_step, steps)
-    behind = (torch.arange(frames) - prefix).div(block, rounding_mode="floor") * lag
-    row = torch.arange(1, steps + ((frames - prefix) // block - 1) * lag + 1)
-    index = (row[:, None] - behind).clamp(0, steps + 1)
-    index[:, :prefix] = steps + 1
-    return StepMatrix(index, steps, lag, block, prefix, window)
+    rows = steps + ((frames - prefix) // block - 1) * min(ar_step, steps)
+    if rows * frames > MOST_ENTRIES:
+        raise ValueError(
+            f"Step matrix: {frames} latent frames in blocks of {block} at {steps} steps and ar_step {ar_step} take "
+            f"{rows} model calls a segment; use a shorter segment, a larger block, a smaller ar_step or fewer steps."
+        )
+    return rows
 
 
 def noise_table(table: Tensor | Sequence[float], steps: int | None = None) -> Tensor:
@@ -171,7 +186,7 @@ def noise_table(table: Tensor | Sequence[float], steps: int | None = None) -> Te
     if levels.ndim != 1 or levels.numel() < 2 or (steps is not None and levels.numel() != steps + 1):
         raise ValueError(
             f"Noise table: needs {expected} noise levels in one row, one more than there are steps, "
-            f"got shape {tuple(levels.shape)}."
+            f"got shape {tuple(levels.shape)}; use the schedule of one run."
         )
     if not bool((levels[1:] < levels[:-1]).all()) or levels[0] > 1 or levels[-1] != 0:
         raise ValueError(

@@ -78,9 +78,13 @@ def read_tensors(path: Path, digest: str) -> tuple[dict[str, Tensor], Any]:
             raise ValueError(f"{path.name} is damaged: its content is not what was written")
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, json.loads((file.metadata() or {}).get("facts", "null"))
+            told = (file.metadata() or {}).get("facts", "null")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path.name} cannot be read ({error})") from None
+    try:
+        return tensors, json.loads(told)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path.name} cannot be read: its facts are no JSON") from None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -98,10 +102,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_bytes())
-        checksum = content.pop("checksum")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        checksum, text = content.pop("checksum"), _canonical(content)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path.name} is missing, cut off or no JSON object") from None
-    if checksum != _checksum(_canonical(content)):
+    if checksum != _checksum(text):
         raise ValueError(f"{path.name} is damaged: its content is not what was written")
     return content
 

@@ -47,7 +47,6 @@ Numbers that are not finite are null. Readers ignore keys they do not know.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, MutableSequence
@@ -59,12 +58,12 @@ from typing import Any
 
 from .call import Call, Decision, Kind
 from .records import DECISIONS, SKIPS, Columns, Records, StepRecord
+from .timeline_read import VERSION, header_of, parse, records_of
 from .timeline_report import log_line, summary, why_nothing_skipped
 from .timeline_svg import render
 
 __all__ = ["DECISIONS", "SKIPS", "StepRecord", "Timeline"]
 
-VERSION = 1
 ROW_UNITS = ("latent frame", "chunk")
 
 
@@ -225,26 +224,10 @@ class Timeline:
         """The timeline that ``to_json`` wrote, from its dict or its text.
 
         Raises:
-            ValueError: another version, or a record that cannot be.
+            ValueError: no JSON, another version, or what cannot be: one sentence with the entry.
         """
-        data = json.loads(data) if isinstance(data, str) else data
-        if data.get("version") != VERSION:
-            raise ValueError(
-                f"Timeline: JSON has version {data.get('version')!r}, this release reads version {VERSION}; "
-                "read it with the release that wrote it."
-            )
-        names = {item.name for item in fields(StepRecord)}
-        records = [StepRecord(**{k: v for k, v in record.items() if k in names}) for record in data["records"]]
-        keys = ("rows", "columns", "row_unit", "frames_per_row", "branches", "title", "schedule", "settings")
-        totals = data.get("totals", {})
-        return cls(
-            **{key: data[key] for key in keys if key in data},
-            flops_full=totals.get("flops_full") or 0,
-            state_bytes=totals.get("state_bytes"),
-            kv_bytes=totals.get("kv_bytes"),
-            late=totals.get("late"),
-            records=records,
-        )
+        content = parse(data)
+        return cls(**header_of(content), records=records_of(content))
 
     def to_svg(self) -> str:
         """A stand-alone picture: rows over iterations, and the discrepancy against its threshold."""

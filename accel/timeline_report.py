@@ -86,7 +86,7 @@ def summary(timeline: Timeline) -> str:
         cost_line(timeline),
         _error_line(timeline),
         _late_line(timeline),
-        timeline.settings.get("auto"),
+        *told_settings(timeline, "auto"),
         *note_lines(timeline),
         *memory_lines(timeline),
         _kernels_line(timeline),
@@ -103,8 +103,14 @@ def note_lines(timeline: Timeline) -> list[str]:
 
 def memory_lines(timeline: Timeline) -> list[str]:
     """What a causal model's K/V were kept and read as, where that was not simply all of them."""
-    told = {key: timeline.settings.get(key) for key in ("K/V", "attention", "out of memory")}
-    return [f"{key}: {value}" for key, value in told.items() if isinstance(value, str)]
+    names = ("K/V", "attention", "out of memory")
+    return [f"{name}: {value}" for name in names for value in told_settings(timeline, name)]
+
+
+def told_settings(timeline: Timeline, name: str) -> list[str]:
+    """An entry of the settings, where it is there and a text."""
+    value = timeline.settings.get(name)
+    return [value] if isinstance(value, str) else []
 
 
 def why_nothing_skipped(timeline: Timeline) -> str | None:

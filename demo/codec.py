@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 WEIGHTS = Path(__file__).with_name("weights")
 PATCH = 8
 CHANNELS = 16
+AGAIN = "load the file from the pack again"
 
 
 class TinyCodec:
@@ -32,8 +34,15 @@ class TinyCodec:
 
     @classmethod
     def load(cls, path: Path = WEIGHTS / "tiny-codec.safetensors") -> TinyCodec:
-        tensors = load_file(path)
-        return cls(tensors["basis"], tensors["mean"], tensors["scale"])
+        """The codec that ``save`` wrote. Raises ValueError where it cannot be read."""
+        try:
+            tensors = [load_file(path)[name] for name in ("basis", "mean", "scale")]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ValueError(f"Tiny AR Codec: {path.name} cannot be read ({error}); {AGAIN}.") from None
+        shapes = [list(tensor.shape) for tensor in tensors]
+        if shapes != [[PATCH * PATCH * 3, CHANNELS], [PATCH * PATCH * 3], [CHANNELS]]:
+            raise ValueError(f"Tiny AR Codec: {path.name} holds tensors {shapes}; {AGAIN}.")
+        return cls(*tensors)
 
     @classmethod
     def fit(cls, frames: Tensor) -> TinyCodec:

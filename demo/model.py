@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from .codec import AGAIN
 
 MODELS = Path(__file__).with_name("weights") / "diffusion_models"
 PATCH = 2
@@ -233,9 +235,32 @@ def save_model(
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> TinyWan:
-    """The model of a file written by ``save_model``, in evaluation mode."""
-    with safe_open(path, "pt") as file:
-        config = TinyConfig(**json.loads(file.metadata()["tiny"]))
-    model = TinyWan(config)
-    model.load_state_dict({name: value.to(dtype) for name, value in load_file(path).items()})
+    """The model of a file written by ``save_model``, in evaluation mode.
+
+    Raises:
+        ValueError: the file is missing, damaged or another model's.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            config = TinyConfig(**json.loads(file.metadata()["tiny"]))
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        model = _empty_model(config, shapes)
+        model.load_state_dict({name: value.to(dtype) for name, value in load_file(path).items()}, assign=True)
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"Tiny AR model: {path.name} cannot be read ({reason}); {AGAIN}.") from None
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def _empty_model(config: TinyConfig, shapes: dict[str, list[int]]) -> TinyWan:
+    """A model without weights, which takes those of a file; ValueError where they are of another shape."""
+    layers = sum(name.endswith("self_attn.q.weight") for name in shapes)
+    heads = config.num_heads
+    if config.num_layers != layers or type(heads) is not int or heads < 1 or config.dim % heads:
+        raise ValueError(f"{layers} layers, not {config.num_layers}, {heads} heads in {config.dim} channels")
+    with torch.device("meta"):
+        model = TinyWan(config)
+    wanted = {name: list(value.shape) for name, value in model.state_dict().items()}
+    if wanted != shapes:
+        raise ValueError("its tensors are not those of its configuration")
+    return model

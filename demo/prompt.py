@@ -8,6 +8,7 @@ zeros.
 from __future__ import annotations
 
 import math
+from reprlib import repr as shorten
 
 import torch
 from torch import Tensor
@@ -71,14 +72,14 @@ def parse(text: str) -> tuple[list[tuple[int, int]], bool, bool]:
             pan = part == "pan"
         else:
             raise ValueError(
-                f"Tiny AR Prompt: cannot read {part!r}; write shapes as '<colour> <kind>' with colours "
+                f"Tiny AR Prompt: cannot read {shorten(part)}; write shapes as '<colour> <kind>' with colours "
                 f"{', '.join(COLOURS)} "
                 f"and kinds {', '.join(KINDS)}, and optionally gravity or float, pan or still, separated by commas."
             )
     colours = [colour for _, colour in shapes]
     if not 1 <= len(shapes) <= MAX_OBJECTS or len(set(colours)) != len(colours):
         raise ValueError(
-            f"Tiny AR Prompt: {text!r} names {len(shapes)} shapes; the tiny models know one to {MAX_OBJECTS} "
+            f"Tiny AR Prompt: {shorten(text)} names {len(shapes)} shapes; the tiny models know one to {MAX_OBJECTS} "
             "shapes, each in "
             "a colour of its own."
         )

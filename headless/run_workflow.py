@@ -103,6 +103,22 @@ async def run(server: str, graph: dict[str, Any], target: Path) -> list[Path]:
         return await fetch(session, prompt, target)
 
 
+def read_workflow(path: Path) -> dict[str, Any]:
+    """The graph of a file in API format.
+
+    Raises:
+        WorkflowFailed: it cannot be read, or is something else.
+    """
+    try:
+        graph = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WorkflowFailed(f"cannot be read ({error}); give a workflow that was exported for the API") from None
+    nodes = graph.values() if isinstance(graph, dict) else [None]
+    if not all(isinstance(node, dict) and isinstance(node.get("inputs"), dict) for node in nodes):
+        raise WorkflowFailed("is no workflow in API format; export it for the API and give that file")
+    return graph
+
+
 def changed(graph: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """The graph with ``NODE.INPUT=VALUE`` settings; a value is JSON, or else text."""
     for setting in settings:
@@ -125,7 +141,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="change an input")
     options = parser.parse_args()
     try:
-        graph = changed(json.loads(options.workflow.read_text(encoding="utf-8")), options.set)
+        graph = changed(read_workflow(options.workflow), options.set)
         report, *files = asyncio.run(run(options.server, graph, options.target))
     except (WorkflowFailed, aiohttp.ClientError) as error:
         sys.exit(f"{options.workflow.name}: {error}")

@@ -8,6 +8,7 @@ from ..accel.presets import EXACT, PRESETS, QUALITIES, TARGET, digest, quality_t
 from .acceleration import CATEGORY, EVERYWHERE, describe_all
 from .host import model_regime
 from .host_files import embedded_model
+from .inputs import checked
 
 NODE = "Accelerate AR Video"
 
@@ -43,6 +44,7 @@ class ARVAAccelerate(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, model: io.Model.Type, quality: str, target_db: float = 40.0) -> io.NodeOutput:
         regime = model_regime(model, NODE)
         if quality == TARGET:

@@ -18,6 +18,7 @@ from ..accel.late import WHEN
 from ..accel.policy import TriModalConfig
 from ..accel.signals import HISTORY_CHOICES, HOST_SIGNALS, SIGNALS
 from .host_stock import under_stock_samplers
+from .inputs import checked
 from .names import CATEGORY, OPTION
 
 ORDERS = {"1": 1, "2": 2, "newton2": "newton2", "auto": "auto"}
@@ -103,6 +104,7 @@ class ARVAHistoryGuidedCache(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(
         cls, model: io.Model.Type, threshold: float, signal: str, max_skip: int, warmup: int,
         decision: str = GUIDED.decision,
@@ -150,6 +152,7 @@ class ARVATriModalScheduler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(
         cls, model: io.Model.Type, cache_below: float, predict_below: float, signal: str, order: str, decay: float,
         max_skip: int, warmup: int, reach: float, decision: str = SCHEDULED.decision,
@@ -182,6 +185,7 @@ class ARVAResidualCorrection(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, model: io.Model.Type, source: str) -> io.NodeOutput:
         with inputs_of("Residual Correction"):
             config = CorrectionConfig(source)

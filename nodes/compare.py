@@ -9,6 +9,7 @@ from ..accel.compare import NODE, compare, difference, plot, table
 from ..accel.timeline import Timeline
 from .acceleration import CATEGORY
 from .host_files import show_text
+from .inputs import checked
 from .timeline import TimelineType
 
 
@@ -45,6 +46,7 @@ class ARVACompareRuns(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(
         cls, reference: Tensor, video: Tensor, gain: float, reference_timeline: Timeline | None = None,
         timeline: Timeline | None = None,

@@ -22,12 +22,14 @@ from torch import Tensor
 from ..accel.engine import Acceleration, Run
 from ..accel.timeline import Timeline
 from .host_denoiser import CausalHostDenoiser, HostDenoiser, per_frame_sampling
+from .host_files import check_size
 from .host_identity import describe_run, graph_digest
 from .host_kv import BoundedHostDenoiser, take_patches_off, with_own_store
 from .host_live import Audience
 from .host_neighbours import check_other_caches, check_windows
 from .host_progress import Progress
 from .host_stream import SegmentStream
+from .inputs import is_finite, is_floats, shown
 from .job import CAUSAL, CLIP, NODE, Job
 from .prompts import check_prompts
 
@@ -70,6 +72,15 @@ def video_latent(model: Any, latent: dict[str, Any]) -> dict[str, Any]:
             f"{NODE}: latent_image must be a video latent [batch, channels, frames, height, width], got {shape}; "
             "connect an empty video latent, such as Empty AR Video Latent or Tiny AR Latent."
         )
+    if not is_floats(samples) or not samples.numel():
+        raise ValueError(
+            f"{NODE}: latent_image is {shown(samples)}; connect an empty video latent made for this model."
+        )
+    check_size(NODE, samples.shape, samples.device)
+    if not is_finite(samples):
+        raise ValueError(
+            f"{NODE}: latent_image {list(samples.shape)} holds NaN or infinite numbers; connect an empty video latent."
+        )
     if latent.get("noise_mask") is not None:
         raise ValueError(f"{NODE}: latent_image carries a noise mask, which is not supported; remove the mask.")
     out = latent.copy()
@@ -81,7 +92,20 @@ def video_latent(model: Any, latent: dict[str, Any]) -> dict[str, Any]:
             f"{NODE}: latent_image has {out['samples'].shape[1]} channels, the model works on {channels}; "
             "connect an empty latent made for this model."
         )
+    _check_patches(model.model.diffusion_model, out["samples"])
     return out
+
+
+def _check_patches(network: torch.nn.Module, samples: Tensor) -> None:
+    """Raises ValueError for a size that core's causal model cannot cut into patches; core pads it for the others."""
+    if not hasattr(network, "init_kv_caches"):
+        return
+    _, rows, columns = network.patch_size
+    if samples.shape[3] % rows or samples.shape[4] % columns:
+        raise ValueError(
+            f"{NODE}: latent_image is {list(samples.shape)}, and causal blocks need a height that divides by {rows} "
+            f"and a width that divides by {columns}; use a size in pixels that divides by 16."
+        )
 
 
 def sample_segments(
@@ -95,6 +119,7 @@ def sample_segments(
     samples, given = latent["samples"], 0
     for prompt, used in ((positive, True), (negative, job.cfg != 1.0)):
         check_prompts(NODE, prompt, 1 if used and job.mode == CAUSAL else None)
+        _check_texts(model, prompt)
     if job.mode == CAUSAL:
         _check_one_branch(model)
         given = _check_start_frames(model, samples)
@@ -121,6 +146,22 @@ def sample_segments(
         take_patches_off(model)
     audience.tell(done=True)
     return latent | {"samples": video.to(comfy.model_management.intermediate_device())}
+
+
+def _check_texts(model: Any, conditioning: list) -> None:
+    """Raises ValueError for prompts that are none of this model's text encoder."""
+    channels = getattr(model.model.diffusion_model, "text_dim", None)
+    for text, _ in conditioning:
+        if text.ndim != 3 or not text.numel() or channels not in (None, text.shape[2]):
+            raise ValueError(
+                f"{NODE}: a prompt is {shown(text)}, the model reads [batch, tokens, {channels or 'channels'}]; "
+                "connect conditioning made by the model's own text encoder."
+            )
+        if not is_finite(text):
+            raise ValueError(
+                f"{NODE}: a prompt {list(text.shape)} holds NaN or infinite numbers; load the text encoder in another "
+                "precision."
+            )
 
 
 def _check_one_branch(model: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..accel.checkpoint import Checkpoint, Finished, saved
 from ..accel.engine import Run
+from ..accel.run_state import RunState
 from ..accel.sampling import Segment
 from ..accel.tensor_file import write_tensors
 from .host_files import new_run, show_text, unfinished_runs
@@ -56,10 +57,10 @@ class SegmentStream:
         finished = self._resume(description) if self.settings.resume else None
         if finished is None:
             finished = Finished()
-            folder, self.name, self.subfolder = new_run(self.settings.prefix)
+            folder, self.name, self.subfolder = new_run(NODE, self.settings.prefix)
             self.checkpoint = Checkpoint.start(folder, description)
         elif finished.state is not None:
-            run.load(finished.state)
+            self._take_over(run, finished.state)
         if self.settings.vae is not None:
             self.videos = SegmentVideos(self.settings, self.checkpoint, self.name, patcher, to_latent, prefix)
             self.videos.open(finished.latents)
@@ -97,10 +98,16 @@ class SegmentStream:
         self.checkpoint.remove()
         return "\n".join(self.lines)
 
+    def _take_over(self, run: Run, state: RunState) -> None:
+        try:
+            run.load(state)
+        except ValueError as error:
+            raise ValueError(f"{NODE}: {self.checkpoint.folder} cannot be resumed. {error}") from error
+
     def _resume(self, description: dict[str, Any]) -> Finished | None:
         """The newest unfinished run of this prefix that is the same run."""
         reasons = []
-        for folder, name, subfolder in unfinished_runs(self.settings.prefix):
+        for folder, name, subfolder in unfinished_runs(NODE, self.settings.prefix):
             try:
                 self.checkpoint = Checkpoint.open(folder, description)
                 finished = self.checkpoint.load()

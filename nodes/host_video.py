@@ -42,12 +42,11 @@ class SegmentVideos:
 
     def open(self, finished: Sequence[Tensor]) -> None:
         """Cuts the videos behind the last of the finished segments, or makes them again from the latents."""
-        noted, count = self.checkpoint.notes.get("video", {}), len(finished)
-        ends = noted.get("ends", [])[:count]
-        if not finished or noted.get("settings") != self._settings or len(ends) < count:
+        ends = self._noted(len(finished))
+        if not ends:
             return self._make_again(finished)
-        self._files = [self._file(index) for index in range(len(noted["files"]))]
         sizes = ends[-1]["sizes"]
+        self._files = [self._file(index) for index in range(len(sizes))]
         if not all(file.holds(size) for file, size in zip(self._files, sizes, strict=True)):
             return self._make_again(finished)
         for file, size in zip(self._files, sizes, strict=True):
@@ -75,6 +74,19 @@ class SegmentVideos:
     @property
     def _settings(self) -> list[Any]:
         return [self.settings.format, self.settings.fps, self._decoder.kind]
+
+    def _noted(self, count: int) -> list[dict[str, Any]]:
+        """Where the videos of so many segments ended, as it was noted; empty where they have to be made again."""
+        try:
+            noted = self.checkpoint.notes["video"]
+            ends = [{"sizes": [*end["sizes"]], "frames": end["frames"]} for end in noted["ends"][:count]]
+            known = noted["settings"] == self._settings and len(ends) == count
+            whole = all(
+                type(number) is int and number >= 0 for end in ends for number in (*end["sizes"], end["frames"])
+            )
+        except (KeyError, TypeError):
+            return []
+        return ends if known and whole else []
 
     def _make_again(self, finished: Sequence[Tensor]) -> None:
         for latents in finished:

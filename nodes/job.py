@@ -148,7 +148,7 @@ def make_job(
             plan = SegmentPlan(frames, frames, steps=steps)
         else:
             plan = SegmentPlan(frames, segment, overlap, block, 0 if mode == CLIP else ar_step, steps)
-        plan.matrices()
+        plan.calls()
     except ValueError as error:
         raise ValueError(f"{NODE}: {str(error)[0].lower()}{str(error)[1:]}") from None
     return Job(mode, solver, plan, block, table, cfg, seed, history_noise)

@@ -8,6 +8,7 @@ from ..accel.families import AUTO, CHOICES
 from ..accel.wan_keys import FRAME_RATES
 from .acceleration import CATEGORY
 from .host_load import NODE, WEIGHT_DTYPES, load_model, model_files
+from .inputs import checked
 
 RATES = [str(rate) for rate in sorted(FRAME_RATES, reverse=True)]
 
@@ -47,6 +48,7 @@ class ARVALoadModel(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, model_name: str, family: str, fps: str, weight_dtype: str = "default") -> io.NodeOutput:
         return io.NodeOutput(*load_model(model_name, family, int(fps), weight_dtype))
 

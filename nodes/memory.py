@@ -11,6 +11,7 @@ from ..accel.attention.ann import AnnConfig
 from ..accel.attention.prompt import PromptConfig
 from ..accel.kv.budget import KEEPS, NODE, STORAGES, KVBudgetConfig
 from .acceleration import CATEGORY, OUTPUT, describe, inputs_of
+from .inputs import checked
 
 ANN = "ANN Attention"
 SPARSE = AnnConfig()
@@ -60,6 +61,7 @@ class ARVAKVCacheBudget(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(
         cls, model: io.Model.Type, budget: float, unit: str, keep: str, sink: int, recent: int = 0,
         storage: str = STORAGES[0], offload: int = 0, trained_frames: int = DEFAULT.span,
@@ -106,6 +108,7 @@ class ARVAANNAttention(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(
         cls, model: io.Model.Type, density: float, shortest: int = 0, bits: int = SPARSE.bits,
         groups: str = SPARSE.groups, collapse_prompt: bool = True, prompt_share: float = 1.0,

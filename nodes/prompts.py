@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .inputs import checked
 from .names import CATEGORY
 
 NODE = "Segment Prompt"
@@ -64,6 +65,7 @@ class ARVASegmentPrompt(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, conditioning: list, next: list, from_segment: int) -> io.NodeOutput:
         if any(segment_of(options) == from_segment for _, options in conditioning):
             raise ValueError(

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..accel.timeline import Timeline
 from .host_runs import run_of, source_of
+from .inputs import checked
 from .names import CATEGORY
 from .timeline import TimelineType
 
@@ -39,6 +40,7 @@ class ARVARunTimeline(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, latent: io.Latent.Type) -> io.NodeOutput:
         graph, own = getattr(cls.hidden, "prompt", None), getattr(cls.hidden, "unique_id", None)
         timeline = run_of(latent, graph, source_of(graph, own, "latent"))

@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from .acceleration import CATEGORY, described
 from .host import model_regime, model_shift, sample_segments, video_latent
 from .host_stream import SegmentStream
+from .inputs import checked
 from .job import MODES, SOLVERS, make_job
 from .stream import StreamType
 from .timeline import TimelineType
@@ -69,6 +70,7 @@ class ARVASegmentSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, model, positive, negative, latent_image, stream=None, **widgets) -> io.NodeOutput:
         widgets.setdefault("sigmas", None)
         regime = model_regime(model)

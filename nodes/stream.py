@@ -8,7 +8,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from .acceleration import CATEGORY
-from .host_files import stays_in_output_folder
+from .host_files import check_prefix
+from .inputs import checked, kind_of
 from .video_file import FORMATS
 
 NODE = "Stream Segments"
@@ -37,17 +38,16 @@ class StreamSettings:
     context: int
 
     def __post_init__(self) -> None:
-        if not stays_in_output_folder(self.prefix):
-            raise ValueError(
-                f"{NODE}: filename_prefix {self.prefix!r} leads out of ComfyUI's output folder; give a name, or a "
-                "folder and a name, inside it."
-            )
+        check_prefix(NODE, self.prefix)
         if not 0.0 < self.fps <= 1000.0:
             raise ValueError(f"{NODE}: fps is {self.fps:g}; use frames a second above 0 and up to 1000.")
         if self.format not in FORMATS:
             raise ValueError(f"{NODE}: format is {self.format!r}; use one of {', '.join(FORMATS)}.")
         if self.every < 1 or self.context < 0:
             raise ValueError(f"{NODE}: every is {self.every} and context {self.context}; use 1 or more, and 0 or more.")
+
+
+kind_of(StreamType.io_type, StreamSettings, "Stream Segments")
 
 
 class ARVAStreamSegments(io.ComfyNode):
@@ -94,6 +94,7 @@ class ARVAStreamSegments(io.ComfyNode):
         return True
 
     @classmethod
+    @checked
     def execute(
         cls, filename_prefix: str, fps: float, format: str, resume: bool, every: int, context: int, vae: Any = None
     ) -> io.NodeOutput:

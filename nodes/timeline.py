@@ -7,9 +7,12 @@ import json
 from comfy_api.latest import io
 
 from ..accel.timeline import Timeline
-from .host_files import save_texts, stays_in_output_folder
+from .host_files import check_prefix, save_texts
+from .inputs import checked, kind_of
 
+NODE = "AR Timeline"
 TimelineType = io.Custom("ARVA_TIMELINE")
+kind_of(TimelineType.io_type, Timeline, "the timeline of an AR Segment Sampler")
 
 
 class ARVATimeline(io.ComfyNode):
@@ -17,7 +20,7 @@ class ARVATimeline(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ARVATimeline",
-            display_name="AR Timeline",
+            display_name=NODE,
             category="AR Video",
             description="Saves the timeline of an AR video run as JSON, as a picture and in words: which model calls "
             "were recomputed, predicted or served from the cache, why, and what that saved.",
@@ -40,17 +43,17 @@ class ARVATimeline(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, filename_prefix: str = "") -> bool | str:
-        if stays_in_output_folder(filename_prefix or ""):
-            return True
-        return (
-            f"AR Timeline: filename_prefix {filename_prefix!r} leads out of ComfyUI's output folder; "
-            "give a name, or a folder and a name, inside it."
-        )
+        try:
+            check_prefix(NODE, filename_prefix or "")
+        except ValueError as error:
+            return str(error)
+        return True
 
     @classmethod
+    @checked
     def execute(cls, timeline: Timeline, filename_prefix: str) -> io.NodeOutput:
         text, report = json.dumps(timeline.to_json()), timeline.summary()
-        saved = save_texts(filename_prefix, {"json": text, "svg": timeline.to_svg(), "txt": report})
+        saved = save_texts(NODE, filename_prefix, {"json": text, "svg": timeline.to_svg(), "txt": report})
         return io.NodeOutput(
             report,
             text,

@@ -6,15 +6,20 @@ checkpoints themselves appear in core's Load Diffusion Model.
 
 from __future__ import annotations
 
+import math
+
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..demo.codec import CHANNELS, PATCH, TinyCodec
 from ..demo.prompt import embed_text
 from .host_files import empty_latent, register_tiny_models, to_latent_space, to_model_space
+from .inputs import checked
 
 CATEGORY = "AR Video/tiny"
+LATENT = "Tiny AR Latent"
 FRAMES = 52
+MOST_BYTES = 2 * 10**9  # of an empty latent; the tiny models would need days for more
 
 register_tiny_models()
 
@@ -106,6 +111,7 @@ class ARVATinyPrompt(io.ComfyNode):
         return True
 
     @classmethod
+    @checked
     def execute(cls, text: str) -> io.NodeOutput:
         return io.NodeOutput([[embed_text(text), {}]])
 
@@ -115,7 +121,7 @@ class ARVATinyLatent(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ARVATinyLatent",
-            display_name="Tiny AR Latent",
+            display_name=LATENT,
             category=CATEGORY,
             description="An empty video latent for the tiny AR models. It counts latent frames: the tiny codec makes "
             "one video frame of each.",
@@ -130,8 +136,16 @@ class ARVATinyLatent(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, frames: int, width: int, height: int, batch_size: int) -> io.NodeOutput:
-        return io.NodeOutput({"samples": empty_latent(batch_size, CHANNELS, frames, height // PATCH, width // PATCH)})
+        shape = (batch_size, CHANNELS, frames, height // PATCH, width // PATCH)
+        if 4 * math.prod(shape) > MOST_BYTES:
+            raise ValueError(
+                f"{LATENT}: {batch_size} videos of {frames} latent frames of {width}x{height} pixels take "
+                f"{4 * math.prod(shape) / 1e9:.1f} GB; use fewer frames, a smaller size or a smaller batch, up to "
+                f"{MOST_BYTES / 1e9:g} GB."
+            )
+        return io.NodeOutput({"samples": empty_latent(LATENT, *shape)})
 
 
 class ARVATinyCodec(io.ComfyNode):
@@ -149,6 +163,7 @@ class ARVATinyCodec(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(TinyVAE(TinyCodec.load()))
 

@@ -11,6 +11,7 @@ from ..accel.chunks import CHUNK_SIGNALS, ChunkConfig
 from ..accel.kv.frozen import FrozenConfig
 from ..accel.policy import TriModalConfig
 from .acceleration import CATEGORY, MAX_SKIP, ORDER, ORDERS, OUTPUT, REACH, WARMUP, describe, inputs_of
+from .inputs import SHORT, checked
 
 FROZEN = "frozen K/V"
 CHUNKED = ChunkConfig()
@@ -51,6 +52,7 @@ class ARVAActiveFrameWindow(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, model: io.Model.Type, mode: str, refresh: float = REFRESH, signal: str = RENEWALS[0]):
         if mode == "suffix":
             return io.NodeOutput(describe(model, suffix_window=True, frozen_window=None))
@@ -81,6 +83,7 @@ class ARVASharedPrefixCache(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, model: io.Model.Type, refresh: float, signal: str) -> io.NodeOutput:
         with inputs_of("Shared Prefix Cache"):
             config = FrozenConfig(refresh, signal)
@@ -132,6 +135,7 @@ class ARVAChunkCache(io.ComfyNode):
         return True
 
     @classmethod
+    @checked
     def execute(
         cls, model: io.Model.Type, cache_below: float, predict_below: float, signal: str, coefficients: str, order: str,
         max_skip: int, warmup: int, reach: float,
@@ -150,7 +154,7 @@ def numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(
-            f"Chunk Cache: coefficients are {text!r}; give numbers with commas between them, such as 1, 0."
+            f"Chunk Cache: coefficients are {SHORT.repr(text)}; give numbers with commas between them, such as 1, 0."
         ) from None
 
 

@@ -1,6 +1,8 @@
 // What a timeline says: records of a finished run (the JSON of AR Timeline) or of one that goes on (live events),
 // ready to be drawn, read out and compared. No DOM, no ComfyUI.
 
+import { brief, check } from "./timeline_check.js";
+
 export const DECISIONS = ["recompute", "predict", "cache", "commit", "prefill"];
 export const MEANING = {
   recompute: "the model ran",
@@ -49,11 +51,12 @@ export class Run {
     this.seconds = 0;
   }
 
-  /** The run that the JSON of AR Timeline holds; throws where another version wrote it. */
+  /** The run that the JSON of AR Timeline holds; throws where another version wrote it or it is damaged. */
   static fromJson(data) {
     if (data?.version !== 1) {
-      throw new Error(`This timeline has version ${data?.version}; this release of AR Video Accelerator reads version 1.`);
+      throw new Error(`This timeline has version ${brief(data?.version)}; this release of AR Video Accelerator reads version 1.`);
     }
+    check(data);
     const run = new Run(data);
     for (const record of data.records) {
       run.add({
@@ -129,7 +132,10 @@ export class Run {
 
   /** Model calls by decision, each CFG branch counted; prefill counts as commit, as in the report. */
   calls() {
-    if (this.totals?.calls) return this.totals.calls;
+    if (this.totals?.calls) {
+      const { recompute, predict, cache, commit } = this.totals.calls;
+      return { recompute, predict, cache, commit };
+    }
     const [recompute, predict, cache, commit, prefill] = this.counts.map((count) => count * this.branches);
     return { recompute, predict, cache, commit: commit + prefill };
   }

@@ -222,7 +222,7 @@ REFUSED = {
     "history noise": ("AR Segment Sampler", "history_noise is 1"),
     "unipc": ("AR Segment Sampler", "unipc"),
     "thresholds": ("Tri-Modal Scheduler", "cache_below 0.7"),
-    "decay": ("Tri-Modal Scheduler", "decay 0.0"),
+    "decay": ("Tri-Modal Scheduler", "decay is 0.0"),
     "history signal": ("Tri-Modal Scheduler", "history-mod"),
     "threshold": ("History-Guided Cache", "-1"),
     "warmup": ("History-Guided Cache", "0"),

@@ -179,7 +179,7 @@ it("finds the records of a range as fast in a long run", () => {
 });
 
 it("what the pack ships is plain: no bundle, no minified line, no eval", () => {
-  for (const name of ["timeline", "timeline_data", "timeline_draw", "timeline_widget"]) {
+  for (const name of ["timeline", "timeline_check", "timeline_data", "timeline_draw", "timeline_widget"]) {
     const text = readFileSync(new URL(`../../web/${name}.js`, import.meta.url), "utf8");
     expect(Math.max(...text.split("\n").map((line) => line.length)), name).toBeLessThan(180);
     expect(text).not.toMatch(/\beval\(|new Function|innerHTML/);
