@@ -102,6 +102,7 @@ class Resumable:
     def _learned(self) -> dict[str, Any]:
         """What the segments so far have taught, as plain JSON."""
         facts: dict[str, Any] = {"openings": {name: list(values) for name, values in self._openings.items()}}
+        facts["kernels"] = self._kernels.state()
         facts["planned"] = [[list(table), _plain(changes)] for table, changes in self._planned.items()]
         if self._replay is not None:
             facts["replayed"] = self._replay.place
@@ -111,6 +112,7 @@ class Resumable:
 
     def _learn(self, facts: Mapping[str, Any]) -> None:
         """Takes over what ``_learned`` gave."""
+        self._kernels.load(facts["kernels"])
         self._openings = {name: list(values) for name, values in facts["openings"].items()}
         self._planned = {tuple(table): _numbers(changes) for table, changes in facts["planned"]}
         if self._replay is not None:

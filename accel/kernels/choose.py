@@ -13,7 +13,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -134,10 +134,19 @@ class Kernel:
 
 
 class Usage:
-    """What was used since this was made."""
+    """What was used since this was made, and before in the same run where it was resumed."""
 
     def __init__(self) -> None:
         self._before = dict(_calls)
+        self._earlier: set[tuple[str, str]] = set()
+
+    def state(self) -> list[list[str]]:
+        """Operations and forms used, for ``load``."""
+        return [list(pair) for pair in sorted({*self.calls(), *self._earlier})]
+
+    def load(self, state: Iterable[Sequence[str]]) -> None:
+        """Remembers what an earlier part of the run used."""
+        self._earlier = {(str(name), str(form)) for name, form in state}
 
     def calls(self) -> dict[tuple[str, str], int]:
         """Calls by operation and form."""
@@ -148,7 +157,7 @@ class Usage:
         """One line, as in ``relative L1 Triton; multistep, time turn torch (no CUDA device)``; empty where no
         operation was called."""
         forms: dict[str, list[str]] = {}
-        for name, form in sorted(self.calls()):
+        for name, form in self.state():
             forms.setdefault(form, []).append(name)
         return "; ".join(f"{', '.join(forms[form])} {form}" for form in sorted(forms))
 
