@@ -53,10 +53,10 @@ class Watching(Run):
         """As ``Run``'s."""
         velocity, true = super().step(call, x)
         if call.kind is Kind.DENOISE:
-            self._look(call, x, velocity)
+            self._watch(call, x, velocity)
         return velocity, true
 
-    def _look(self, call: Call, x: Tensor, velocity: Tensor) -> None:
+    def _watch(self, call: Call, x: Tensor, velocity: Tensor) -> None:
         features = {kind: self.denoiser.feature(kind, call, x) for kind in self._all.kinds}
         changes = dict(zip(self._all.names, self._all.measure(features, call).tolist(), strict=True))
         changes |= {name: level_step(name, self._last, call) for name in HOST_SIGNALS}

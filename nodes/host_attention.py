@@ -32,9 +32,6 @@ class KeptAttention:
     def __init__(self, layers: int, frames: int, tokens: int) -> None:
         self._shape = (layers, frames, tokens)
         self._stores: dict[int, FrozenKV] = {}
-        self._override = (
-            self.override
-        )  # one object for all calls: a compiled model would take each new one for a change
 
     @property
     def nbytes(self) -> int:
@@ -42,12 +39,14 @@ class KeptAttention:
         return sum(store.nbytes for store in self._stores.values())
 
     def attention(self, call: Call, inner: Callable | None) -> Callable[..., Tensor]:
-        """The override for one guided call. ``inner`` is the override it takes the place of."""
+        """The override for one guided call: this object, since a compiled model would take each new one for a change.
+
+        ``inner`` is the override it takes the place of."""
         self._call, self._inner, self._last, self._answered = call, inner, None, set()
-        return self.override
+        return self
 
     @outside_graphs
-    def override(self, func: Callable, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, func: Callable, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Attention of the call that ``attention`` was told of, as core calls an override."""
         options, inner = kwargs.get("transformer_options") or {}, self._inner
         layer = options.get("block_index")

@@ -110,10 +110,10 @@ def test_exact_says_that_nothing_is_set():
 
 def test_words_are_the_nodes_inputs():
     assert words(HISTORY_GUIDED) == [
-        "History-Guided Cache: threshold 0.1, signal auto, max_skip 5, warmup 2",
+        "History-Guided Cache: threshold 0.1, signal auto, max_skip 5, warmup 2, decision exact",
         "Residual Correction: source sigma_linear",
     ]
-    assert words(Acceleration(scheduler=SchedulerConfig(reach=None)))[0].endswith("reach no limit")
+    assert words(Acceleration(scheduler=SchedulerConfig(reach=None)))[0].endswith("reach no limit, decision exact")
     assert words(Acceleration()) == []
 
 

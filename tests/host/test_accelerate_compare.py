@@ -68,6 +68,7 @@ answer["without a file"] = accelerate(unloaded, "fast")[1]
 
 
 class NoVideo:
+    model_options = {}
     model = type("Flux", (), {"diffusion_model": object()})()
     get_model_object = staticmethod(lambda name: object())
 

@@ -135,7 +135,7 @@ def test_weights_of_another_dtype_work(host) -> None:
         ("room", "KV Cache Budget: 5 latent frames have no room for 1 sink frame(s), a block of 4"),
         ("part", "KV Cache Budget: budget is 9.5 latent frames; use a whole number."),
         ("offload", "KV Cache Budget: offload is 4"),
-        ("trained", "KV Cache Budget: frames 9, gigabytes 0.0, sink 1"),
+        ("trained", "KV Cache Budget: trained_frames is 0; use a whole number from 1"),
         ("changed core", "AR Segment Sampler: this ComfyUI's causal Wan model has changed (no norm_k)"),
         ("no first prompt", "Segment Prompt: the first prompt begins at segment 2"),
         ("same", "Segment Prompt: from_segment is 2, where another prompt begins already"),

@@ -289,7 +289,7 @@ REFUSALS = {
     "krea-realtime-video-14b.safetensors": "set family to SkyReels-V2 DF, Self-Forcing, Causal-Forcing, CausVid, "
     "Krea Realtime, other causal Wan or plain Wan (its name suggests Krea Realtime)",
     "causvid.pt": "(its name suggests CausVid)",
-    "absent.safetensors": "is in no diffusion_models folder",
+    "absent.safetensors": "model_name is 'absent.safetensors'; use one of",
     "../bare.pth": "",
     "skyreels as causal": "embeds the frame rate",
     "skyreels as plain": "embeds the frame rate",
