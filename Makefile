@@ -22,14 +22,11 @@ demo: venv
 	$(BIN)/python -m demo
 	$(BIN)/python -m tests.host.workflow_run
 
-# The browser's tests measure frame times, so they run alone; the others share the cores.
+# The browser's tests measure frame times, so they run alone; the others share the cores, a file at a time.
 test: venv $(WEB)
-	@mkdir -p .pytest_cache; \
-	$(BIN)/python -m pytest -q tests --ignore=tests/host >.pytest_cache/library.txt 2>&1 & library=$$!; \
-	$(BIN)/python -m pytest -q tests/host --ignore=tests/host/test_browser.py; host=$$?; \
-	wait $$library; library=$$?; cat .pytest_cache/library.txt; \
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile tests --ignore=tests/host/test_browser.py; most=$$?; \
 	$(BIN)/python -m pytest -q tests/host/test_browser.py; browser=$$?; \
-	test $$host = 0 && test $$library = 0 && test $$browser = 0
+	test $$most = 0 && test $$browser = 0
 
 test-long: venv $(WEB)
 	$(BIN)/python -m pytest -q -m "" --hypothesis-profile=long

@@ -20,6 +20,7 @@ CATEGORY = "AR Video/tiny"
 LATENT = "Tiny AR Latent"
 FRAMES = 52
 MOST_BYTES = 2 * 10**9  # of an empty latent; the tiny models would need days for more
+BRIGHTEST = 1000.0  # of a colour that is no mistake
 
 register_tiny_models()
 
@@ -52,6 +53,9 @@ class TinyVAE:
                 f"Tiny AR Codec: images must be [frames, height, width, 3] with height and width divisible by {PATCH}, "
                 f"got {list(pixels.shape)}; scale them to 64x64."
             )
+        most = clip.abs().max().item() if clip.numel() else 0.0
+        if BRIGHTEST < most < math.inf:
+            raise ValueError(f"Tiny AR Codec: images reach {most:g}; use colours in [0, 1].")
         latents = self.codec.encode(clip[..., :3].float().cpu().movedim(-1, 1))
         return to_latent_space(latents).to(pixels.device)
 

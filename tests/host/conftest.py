@@ -13,8 +13,6 @@ from tests.host.browser import chromium, missing
 from tests.host.comfy import ComfyServer, find_comfy
 
 NO_COMFY = "no ComfyUI found; set COMFYUI_PATH"
-_skipped = pytest.StashKey[bool]()
-skipped_browser = pytest.StashKey[str]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,32 +23,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.host)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if config.stash.get(_skipped, False):
-        terminalreporter.section("HOST TESTS SKIPPED", red=True, bold=True)
-        terminalreporter.write_line(f"HOST TESTS SKIPPED: {NO_COMFY}", red=True, bold=True)
-    reason = config.stash.get(skipped_browser, None)
-    if reason:
-        terminalreporter.section("BROWSER TESTS SKIPPED", red=True, bold=True)
-        terminalreporter.write_line(f"BROWSER TESTS SKIPPED: {reason}", red=True, bold=True)
-
-
 @pytest.fixture(scope="session")
-def comfy_root(request: pytest.FixtureRequest) -> Path:
+def comfy_root() -> Path:
     """The ComfyUI checkout."""
     root = find_comfy()
     if root is None:
-        request.config.stash[_skipped] = True
         pytest.skip(f"HOST TESTS SKIPPED: {NO_COMFY}")
     return root
 
 
 @pytest.fixture(scope="session")
-def chromium_browser(request: pytest.FixtureRequest, comfy_root: Path) -> Iterator[Any]:
+def chromium_browser(comfy_root: Path) -> Iterator[Any]:
     """Debian's Chromium."""
     reason = missing()
     if reason:
-        request.config.stash[skipped_browser] = reason
         pytest.skip(f"BROWSER TESTS SKIPPED: {reason}")
     with chromium() as running:
         yield running
