@@ -56,10 +56,10 @@ def judge(test: str, node: str, inputs: dict[str, Any], answer: dict[str, Any]) 
 
 
 def cases(share: float) -> settings:
-    """A share of the profile's examples."""
-    return settings(
-        max_examples=max(1, round(settings.default.max_examples * share)), suppress_health_check=HealthCheck
-    )
+    """A share of the profile's examples, half of it in the short profile."""
+    most = settings.default.max_examples
+    share = share if most > 100 else share / 2
+    return settings(max_examples=max(1, round(most * share)), suppress_health_check=HealthCheck)
 
 
 @pytest.mark.parametrize("node", NODES)

@@ -91,7 +91,7 @@ def outcome_of(server: ComfyServer, graph: dict[str, Any]) -> tuple[str, str, st
     return "made", "", ""
 
 
-@settings(max_examples=max(25, settings.default.max_examples // 10), suppress_health_check=list(HealthCheck))
+@settings(max_examples=max(12, settings.default.max_examples // 10), suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_prompt_with_anything_in_it_is_answered(server: ComfyServer, model: None, data: st.DataObject) -> None:
     graph = built()

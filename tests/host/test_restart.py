@@ -56,9 +56,8 @@ def made(server: ComfyServer, prefix: str) -> tuple[torch.Tensor, list[str]]:
     return latents, entry["outputs"]["report"]["text"][0].splitlines()
 
 
-@pytest.mark.parametrize(
-    "signs", [(signal.SIGTERM,), pytest.param((signal.SIGKILL, signal.SIGTERM), marks=pytest.mark.long)], ids=len
-)
+@pytest.mark.long
+@pytest.mark.parametrize("signs", [(signal.SIGTERM,), (signal.SIGKILL, signal.SIGTERM)], ids=len)
 def test_a_server_started_again_goes_on_after_the_last_finished_segment(
     comfy_root: Path, tmp_path: Path, signs: tuple[signal.Signals, ...]
 ) -> None:
