@@ -117,7 +117,9 @@ def test_a_reload_and_a_cached_run_show_the_same_run_again(frontend: Frontend, s
     frontend.queue()
     before = frontend.watch()[-1]
     frontend.page.wait_for_function(f"{TIMELINES}[0].widgets.at(-1).element.querySelector('a[href]')")
-    frontend.page.wait_for_function(f"{TIMELINES}[0].widgets.at(-1).element.textContent.includes('fewer')")
+    frontend.page.wait_for_function(
+        f"{TIMELINES}[0].widgets.at(-1).element.querySelector('.arva-facts').textContent.includes('fewer')"
+    )
     facts = frontend.text(".arva-facts")
     frontend.page.wait_for_timeout(2500)
     frontend.open()
