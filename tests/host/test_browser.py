@@ -256,6 +256,7 @@ def test_ten_thousand_columns_stay_smooth(frontend: Frontend, per_column: int) -
     assert not frontend.errors, "\n".join(frontend.errors)
 
 
+@pytest.mark.long
 def test_every_shipped_workflow_opens_without_a_missing_node(frontend: Frontend) -> None:
     for path in sorted(WORKFLOWS.glob("*.json")):
         workflow = json.loads(path.read_text())

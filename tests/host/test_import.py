@@ -17,7 +17,7 @@ from tests.host.help_pictures import comparison
 from tests.host.inprocess import run_in_process
 
 MILLISECONDS = 150.0
-PROCESSES = 5
+PROCESSES = 3
 TRACES = ("arva", "ar-video-accelerator", "ar video accelerator")
 IMPORT = """
 import asyncio, json, logging, sys, time, warnings
