@@ -151,10 +151,7 @@ class UniPCSolver(Solver):
         window: slice,
         computed: Sequence[bool],
     ) -> Tensor:
-        moving, told = (
-            torch.tensor(flags, dtype=torch.bool).view(1, 1, -1, 1, 1).to(x.device, non_blocking=True)
-            for flags in (active, computed)
-        )
+        moving, told = (on_device(flags, x.device, torch.bool).view(1, 1, -1, 1, 1) for flags in (active, computed))
         precision = torch.promote_types(torch.promote_types(x.dtype, velocity.dtype), torch.float32)
         result = self._advance(x.to(precision), velocity.to(precision), steps, active, moving, window, told)
         return torch.where(moving, result.to(x.dtype), x)

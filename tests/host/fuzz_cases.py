@@ -15,7 +15,7 @@ Described = dict[str, Any]
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool", "complex64", "float8_e4m3fn")
 FILLS = ("randn", "zeros", "half", "nan", "inf", "huge")
 PREFIXES = (
-    "ar", "folder/ar", "", ".", "..", "/", "../escape", "/tmp/arva-fuzz-escape", "a/../../b", "a\x00b", "CON",
+    "ar", "folder/ar", "", ".", "..", "/", "../escape", "/arva-escape", "a/../../b", "a\x00b", "CON",
     "nul.txt", "C:\\x", "..\\x", "a" * 300, "folder/" * 200 + "x", "\ud800", "文件/视频", "%year%/%date%", "a\nb",
     " ", "~/x", "ar/", "\u202egnp", "a:b*c?d", "-rf", "é" * 130, "x/\x00/y", "/dev/null", "/dev/null/x", "ar.json/x",
 )  # fmt: skip

@@ -70,13 +70,14 @@ def model(server: ComfyServer) -> Iterator[None]:
 
 
 def outcome_of(server: ComfyServer, graph: dict[str, Any]) -> tuple[str, str, str]:
-    """What came of a prompt, what was said of it, and where: ``made``, ``refused``, ``failed`` or ``stopped``."""
+    """What came of a prompt, what was said of it, and where: ``made``, ``refused``, ``failed`` or ``stopped``.
+
+    A prompt of which only some outputs are valid is accepted and runs for those, so its end is waited for as well.
+    """
     try:
         answer = json.loads(server.post_json("/prompt", {"prompt": graph, "client_id": server.client_id}))
     except urllib.error.HTTPError as error:
         return "refused", error.read().decode(), str(error.code)
-    if answer.get("node_errors"):
-        return "refused", json.dumps(answer["node_errors"]), "200"
     began = time.monotonic()
     while (entry := server.history(answer["prompt_id"])) is None:
         if time.monotonic() - began > SECONDS:
