@@ -64,8 +64,8 @@ def tried(name: str, given, latent: dict, cache: float = 0.9, **named) -> torch.
     return exact
 
 
-def segments(given, latent: dict, **changes) -> torch.Tensor:
-    return node("ARVASegmentSampler", given, positive, negative, latent, **SEGMENTS | changes)[0]["samples"]
+def segments(given, latent: dict, texts: tuple = (positive, negative), **changes) -> torch.Tensor:
+    return node("ARVASegmentSampler", given, *texts, latent, **SEGMENTS | changes)[0]["samples"]
 
 
 def weights(model, checkpoint: str, latent: dict, plain: torch.Tensor) -> None:
