@@ -26,7 +26,7 @@ from .host_files import check_size
 from .host_identity import describe_run, graph_digest
 from .host_kv import BoundedHostDenoiser, take_patches_off, with_own_store
 from .host_live import Audience
-from .host_neighbours import check_other_caches, check_windows
+from .host_neighbours import check_cards, check_other_caches, check_windows
 from .host_progress import Progress
 from .host_stream import SegmentStream
 from .inputs import is_finite, is_floats, shown
@@ -116,6 +116,10 @@ def sample_segments(
     node's hidden inputs ``prompt`` and ``extra_pnginfo``) names, and finished segments go into ``stream``."""
     check_other_caches(NODE, model.model_options)
     check_windows(NODE, model.model_options)
+    if job.own_store(acceleration) or any(
+        (acceleration.frozen_window, acceleration.shared_prefix, acceleration.chunks)
+    ):
+        check_cards(NODE, model)
     samples, given = latent["samples"], 0
     for prompt, used in ((positive, True), (negative, job.cfg != 1.0)):
         check_prompts(NODE, prompt, 1 if used and job.mode == CAUSAL else None)

@@ -1,4 +1,4 @@
-"""What else is on a MODEL that cannot go with ours: core's own caches and windows."""
+"""What else is on a MODEL that cannot go with ours: core's own caches, windows and copies."""
 
 from __future__ import annotations
 
@@ -25,4 +25,15 @@ def check_windows(node: str, model_options: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{node}: context windows are on the model, and segments are windows already; remove the context windows "
             "node and set segment and overlap here."
+        )
+
+
+def check_cards(node: str, model: Any) -> None:
+    """Raises ValueError where core's MultiGPU CFG Split has each guidance branch computed by another copy of the model:
+    kept K/V belong to one."""
+    if model.get_additional_models_with_key("multigpu"):
+        raise ValueError(
+            f"{node}: MultiGPU CFG Split is on the model, and K/V kept between calls belong to one copy of it; remove "
+            "MultiGPU CFG Split, or Active Frame Window, Shared Prefix Cache, Chunk Cache and a cfg other than 1 in "
+            "causal blocks."
         )

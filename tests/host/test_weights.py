@@ -20,7 +20,7 @@ KINDS = ("Q8_0", "Q4_0")
 @pytest.fixture(scope="module")
 def facts(comfy_root: Path, checkpoints: dict[str, Path]) -> dict[str, Any]:
     given = str(checkpoints["frames"]), str(checkpoints["causal"]), str(comfy_root / "custom_nodes")
-    return run_in_process(SCRIPT, *given, root=comfy_root, core_nodes="none")
+    return run_in_process(SCRIPT, *given, root=comfy_root, core_nodes=["nodes_multigpu.py"])
 
 
 def of_pack(facts: dict[str, Any], name: str, folder: str) -> Any:
@@ -52,6 +52,15 @@ def test_block_swap(facts: dict[str, Any]) -> None:
     told = of_pack(facts, "block swap", "ComfyUI-wanBlockswap")
     assert facts["block swap was called"] and facts["block swap does not change it"]
     assert told["off"] and "cache" in told["decisions"] and facts["block swap in segments"] == [True, True]
+
+
+def test_guidance_branches_on_two_cards(facts: dict[str, Any]) -> None:
+    assert facts["copies"] == 1
+    told = facts["two cards"]
+    assert told["off"] and told["full"] == [8, 16] and told["spent"] == [8, 2 * told["decisions"].count("recompute")]
+    assert max(facts["two cards, error"].values()) < 1e-5
+    for message in facts["two cards, refused"]:
+        assert message.startswith("AR Segment Sampler: MultiGPU CFG Split is on the model")
 
 
 def test_no_run_outlives_its_prompt(facts: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Acceleration on weights that are kept elsewhere or otherwise than as plain tensors, for test_weights.py.
 
-Arguments: the diffusion-forcing checkpoint, the causal one, and the folder of custom node packs. Facts go to the last line.
+Arguments: the diffusion-forcing checkpoint, the causal one, the folder of custom node packs. Facts go to the last line.
 
 A graphics card that is too small makes core leave weights on the other device and bring them as they are used. On one
 CPU both devices are the same, but all else happens as there: core is told how little there is room for, and what it
@@ -30,7 +30,19 @@ from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).parent))
 from neighbour_runs import STEPS, segments, tried  # noqa: E402
-from stock_runs import WAN, empty, facts, ksampler, negative, node, positive, random_model, scheduled, state_left  # noqa: E402
+from stock_runs import (
+    WAN,
+    empty,
+    facts,
+    ksampler,
+    negative,
+    node,
+    positive,
+    random_model,
+    refusal,
+    scheduled,
+    state_left,
+)  # noqa: E402
 
 import nodes  # noqa: E402
 
@@ -167,12 +179,37 @@ def swapped(folder: Path) -> None:
     in_segments("block swap", behind, (positive, negative))
 
 
+def two_cards(frames: str, causal: str) -> None:
+    """Core's MultiGPU CFG Split over two names of the CPU: each guidance branch is computed by a model of its own."""
+    cards = [torch.device("cpu"), torch.device("cpu", 0)]
+    comfy.model_management.get_all_torch_devices = lambda exclude_current=False: cards
+    model, blocks = comfy.sd.load_diffusion_model(frames), comfy.sd.load_diffusion_model(causal)
+    split, split_blocks = (node("MultiGPU_WorkUnits", given, 2)[0] for given in (model, blocks))
+    facts["copies"] = len(split.get_additional_models_with_key("multigpu"))
+    facts["two cards, error"] = {}
+    plain = ksampler(model, empty(2), steps=STEPS)
+    told = {"KSampler": (plain, tried("two cards", split, empty(2)))}
+    fast, split_fast = scheduled(model, 0.9, 0.9), scheduled(split, 0.9, 0.9)
+    for name, one, two, changes in (
+        ("segments", model, split, {}), ("staircase", fast, split_fast, {"ar_step": 1}),
+        ("causal blocks", blocks, split_blocks, CAUSAL),
+    ):  # fmt: skip
+        told[name] = segments(one, empty(6), **changes), segments(two, empty(6), **changes)
+    facts["two cards, error"] = {name: ((two - one).norm() / one.norm()).item() for name, (one, two) in told.items()}
+    window = node("ARVAActiveFrameWindow", split_fast, "frozen K/V")[0]
+    facts["two cards, refused"] = [
+        refusal(segments, window, empty(6), ar_step=1),
+        refusal(segments, split_blocks, empty(6), **CAUSAL | {"cfg": 2.0}),
+    ]
+
+
 def main(frames: str, causal: str, packs: str) -> None:
     logging.getLogger().setLevel(logging.ERROR)
     comfy.utils.PROGRESS_BAR_ENABLED = False
     little_room(frames, causal)
     quantized(Path(packs) / "ComfyUI-GGUF")
     swapped(Path(packs) / "ComfyUI-wanBlockswap")
+    two_cards(frames, causal)
     facts["nothing outlives it"] = state_left()
     print(json.dumps(facts))
 
