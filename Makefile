@@ -24,12 +24,12 @@ demo: venv
 
 # The browser's tests measure frame times, so they run alone; the others share the cores, a file at a time.
 test: venv $(WEB)
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile tests --ignore=tests/host/test_browser.py; most=$$?; \
-	$(BIN)/python -m pytest -q tests/host/test_browser.py; browser=$$?; \
+	@$(BIN)/python -m pytest -q $(FULL) -n 2 --dist loadfile tests --ignore=tests/host/test_browser.py; most=$$?; \
+	$(BIN)/python -m pytest -q $(FULL) tests/host/test_browser.py; browser=$$?; \
 	test $$most = 0 && test $$browser = 0
 
-test-long: venv $(WEB)
-	$(BIN)/python -m pytest -q -m "" --hypothesis-profile=long
+test-long: FULL = -m "" --hypothesis-profile=long
+test-long: test
 
 bench: venv
 	$(BIN)/python -m bench $(if $(QUICK),--quick)
