@@ -31,7 +31,7 @@ from .host_progress import Progress
 from .host_stream import SegmentStream
 from .inputs import is_finite, is_floats, shown
 from .job import CAUSAL, CLIP, NODE, Job
-from .prompts import check_prompts
+from .prompts import check_prompts, for_our_sampler
 
 
 def model_regime(model: Any, node: str = NODE) -> str:
@@ -121,6 +121,7 @@ def sample_segments(
     ):
         check_cards(NODE, model)
     samples, given = latent["samples"], 0
+    positive, negative = for_our_sampler(positive), for_our_sampler(negative)
     for prompt, used in ((positive, True), (negative, job.cfg != 1.0)):
         check_prompts(NODE, prompt, 1 if used and job.mode == CAUSAL else None)
         _check_texts(model, prompt)

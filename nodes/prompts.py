@@ -24,6 +24,33 @@ def at_segment(entries: list[dict[str, Any]], segment: int) -> list[dict[str, An
     return [entry for entry in entries if segment_of(entry) == begun]
 
 
+class SegmentArea:
+    """Stands where core's samplers look up the area of a conditioning first of all: they know no segments, and would
+    mix the prompts of all. ``area`` is the conditioning's own, None where it has none."""
+
+    def __init__(self, area: Any = None) -> None:
+        self.area = area
+
+    def __getitem__(self, index: Any) -> Any:
+        raise ValueError(
+            f"{NODE}: only AR Segment Sampler reads prompts that begin at a later segment, and another sampler would "
+            f"mix them; use AR Segment Sampler, or remove {NODE}."
+        )
+
+
+def for_our_sampler(conditioning: list) -> list:
+    """A conditioning whose entries have their own areas again."""
+    out = []
+    for text, options in conditioning:
+        area = options.get("area")
+        if isinstance(area, SegmentArea):
+            options = {key: value for key, value in options.items() if key != "area"}
+            if area.area is not None:
+                options["area"] = area.area
+        out.append([text, options])
+    return out
+
+
 def check_prompts(node: str, conditioning: list, most: int | None = None) -> None:
     """Raises ValueError where the first segment has no prompt, or one has more than ``most`` entries."""
     counts: dict[int, int] = {}
@@ -72,7 +99,13 @@ class ARVASegmentPrompt(io.ComfyNode):
                 f"{NODE}: from_segment is {from_segment}, where another prompt begins already; give each a segment of "
                 "its own."
             )
-        return io.NodeOutput([*conditioning, *([text, options | {SEGMENT: from_segment}] for text, options in next)])
+        later = ([text, options | _mark(options, from_segment)] for text, options in next)
+        return io.NodeOutput([*conditioning, *later])
+
+
+def _mark(options: dict[str, Any], segment: int) -> dict[str, Any]:
+    area = options.get("area")
+    return {SEGMENT: segment, "area": area if isinstance(area, SegmentArea) else SegmentArea(area)}
 
 
 PROMPT_NODES: list[type[io.ComfyNode]] = [ARVASegmentPrompt]

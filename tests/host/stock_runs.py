@@ -148,6 +148,28 @@ def levels(model, steps: int) -> torch.Tensor:
     return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
 
 
+def prompts_of_segments(model, latent: dict) -> None:
+    """Core's samplers, accelerated or not, stop at prompts of later segments; ours gives them their areas back."""
+    other = node("ARVATinyPrompt", "green square, blue disc")[0]
+    part = [[text, options | {"area": ("percentage", 1.0, 1.0, 0.5, 0.0, 0.0, 0.0)}] for text, options in other]
+    script, partly = (node("ARVASegmentPrompt", positive, text, 1)[0] for text in (other, part))
+    facts["segment prompts"] = [
+        refusal(ksampler, given, latent, positive=script) for given in (model, scheduled(model))
+    ] + [refusal(ksampler, model, latent, negative=node("ARVASegmentPrompt", script, other, 3)[0])]
+    settings = {
+        "seed": SEED, "steps": 4, "cfg": 1.0, "mode": "diffusion forcing", "segment": 4, "overlap": 2, "block": 2,
+        "ar_step": 0, "solver": "euler", "shift": 3.0, "history_noise": 0.0,
+    }  # fmt: skip
+    whole, areas, plain = (
+        node("ARVASegmentSampler", model, text, negative, empty(6, size=8), **settings)[0]["samples"]
+        for text in (script, partly, positive)
+    )
+    facts["segment prompts, areas"] = [
+        torch.equal(whole[:, :, :4], areas[:, :, :4]), torch.equal(whole[:, :, 4:], areas[:, :, 4:]),
+        torch.equal(plain[:, :, 4:], areas[:, :, 4:]),
+    ]  # fmt: skip
+
+
 def like_the_segment_sampler(model, latent: dict) -> None:
     """One segment, all frames at once, Euler, the positive branch alone: both samplers follow the same rules."""
     sigmas = levels(model, 10)
@@ -377,6 +399,7 @@ def main(frames_file: str, causal_file: str) -> None:
     like_the_segment_sampler(model, empty(8))
     guiders(model, latent)
     conditions(model, latent)
+    prompts_of_segments(model, latent)
     end_of_a_run(model, latent)
     run_timeline(model, latent)
     other_models(model, latent)

@@ -62,6 +62,14 @@ def test_a_sampler_with_adaptive_steps_is_refused(facts: dict[str, Any]) -> None
     assert facts["adaptive"].startswith("Tri-Modal Scheduler: sampler is dpm_adaptive, which sets its steps by")
 
 
+def test_prompts_of_later_segments_are_refused_by_cores_samplers_and_keep_their_areas_in_ours(
+    facts: dict[str, Any],
+) -> None:
+    for message in facts["segment prompts"]:
+        assert message.startswith("Segment Prompt: only AR Segment Sampler reads prompts that begin at a later segment")
+    assert facts["segment prompts, areas"] == [True, False, False]
+
+
 def test_a_sampler_that_nobody_knows_only_holds_x0(facts: dict[str, Any]) -> None:
     made, note = facts["unknown"]
     assert note.startswith("of_another_pack is not a sampler this pack knows")
