@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import ref
+
 import torch
 from torch import Tensor
 
@@ -10,17 +12,17 @@ from ..readback import Label, Readback
 
 class LateCounts:
     """What came out in several layers and CFG branches: the first time the host asks for one, it gets all there are,
-    in one transfer."""
+    in one transfer. Knows its counts weakly: they know it, and a run that ends in between leaves nothing behind."""
 
     def __init__(self) -> None:
         self._readback = Readback()
-        self._new: list[tuple[LateCount, Tensor]] = []
-        self._sent: list[list[LateCount]] = []
+        self._new: list[tuple[ref[LateCount], Tensor]] = []
+        self._sent: list[list[ref[LateCount]]] = []
 
     def add(self, number: Tensor) -> LateCount:
         """One more, ``[]`` of whole numbers."""
         count = LateCount(self)
-        self._new.append((count, number))
+        self._new.append((ref(count), number))
         return count
 
     def send(self) -> None:
@@ -35,8 +37,9 @@ class LateCounts:
         """Waits for everything."""
         self.send()
         for numbers, _ in self._readback.arrived(leave=0):
-            for count, number in zip(self._sent.pop(0), numbers, strict=True):
-                count.value = int(number)
+            for known, number in zip(self._sent.pop(0), numbers, strict=True):
+                if (count := known()) is not None:
+                    count.value = int(number)
 
 
 class LateCount:
