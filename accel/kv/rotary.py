@@ -7,13 +7,14 @@ their roundings: keys that move often are turned from what they were before any 
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..kernels.time_turn import turn_pairs
+
+TABLES = 8  # that a rotary keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class TimeRotary:
 
     channels: int
     theta: float = 10000.0
+    _tables: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.channels < 0 or self.channels % 2 or not self.theta > 0:
@@ -53,10 +55,20 @@ class TimeRotary:
         """
         out = x.new_empty(x.shape) if out is None else out
         if positions.ndim == 1 and len(positions) < x.shape[1]:
-            cos, sin = _few(self.channels, self.theta, tuple(positions.tolist()), x.device)
+            cos, sin = self._few(tuple(positions.tolist()), x.device)
         else:
             cos, sin = _cos_sin(self.channels, self.theta, positions.to(x.device))
         return turn_pairs(x, cos, sin, out)
+
+    def _few(self, positions: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        """``_cos_sin`` of a few positions known on the host: made once for all layers, and gone with the run."""
+        key = positions, device
+        if key not in self._tables:
+            if len(self._tables) == TABLES:
+                self._tables.pop(next(iter(self._tables)))
+            made = _cos_sin(self.channels, self.theta, torch.tensor(positions))
+            self._tables[key] = tuple(table.to(device, non_blocking=True) for table in made)
+        return self._tables[key]
 
 
 def _cos_sin(channels: int, theta: float, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,10 +79,3 @@ def _cos_sin(channels: int, theta: float, positions: Tensor) -> tuple[Tensor, Te
     if positions.ndim == 1:
         angles = angles[:, None]
     return angles.cos().float(), angles.sin().float()
-
-
-@functools.lru_cache(maxsize=8)
-def _few(channels: int, theta: float, positions: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """``_cos_sin`` of a few positions known on the host: made once for all layers."""
-    cos, sin = _cos_sin(channels, theta, torch.tensor(positions))
-    return cos.to(device, non_blocking=True), sin.to(device, non_blocking=True)
