@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..accel.timeline import Timeline
+from .host_files import check_size
 from .host_runs import run_of, source_of
 from .inputs import checked
 from .names import CATEGORY
@@ -42,6 +43,9 @@ class ARVARunTimeline(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, latent: io.Latent.Type) -> io.NodeOutput:
+        samples = latent["samples"]
+        if not getattr(samples, "is_nested", False):
+            check_size(NODE, samples.shape, samples.device)
         graph, own = getattr(cls.hidden, "prompt", None), getattr(cls.hidden, "unique_id", None)
         timeline = run_of(latent, graph, source_of(graph, own, "latent"))
         if timeline is None:

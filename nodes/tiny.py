@@ -14,7 +14,7 @@ from torch import Tensor
 from ..demo.codec import CHANNELS, PATCH, TinyCodec
 from ..demo.prompt import embed_text
 from .host_files import empty_latent, register_tiny_models, to_latent_space, to_model_space
-from .inputs import checked
+from .inputs import checked, is_floats, shown
 
 CATEGORY = "AR Video/tiny"
 LATENT = "Tiny AR Latent"
@@ -47,6 +47,8 @@ class TinyVAE:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents ``[1, 16, T, H/8, W/8]`` of images ``[T, H, W, 3]``, or ``[B, ...]`` of ``[B, T, H, W, 3]``."""
+        if not is_floats(pixels):
+            raise ValueError(f"Tiny AR Codec: images are {shown(pixels)}; use colours of a floating type in [0, 1].")
         clip = pixels if pixels.ndim == 5 else pixels[None]
         if clip.ndim != 5 or clip.shape[-1] < 3 or clip.shape[2] % PATCH or clip.shape[3] % PATCH:
             raise ValueError(

@@ -13,6 +13,15 @@ const LEAST = [460, 420];
 /** Widgets by the node that carries them; a removed node takes its widget along. */
 const widgets = new Map();
 
+/** Ids of workflows by the prompts that ran them, as far as live events told. */
+const owners = new Map();
+
+/** Outputs that the frontend has just handed to nodes, by their widgets. */
+const handed = new Map();
+
+/** Whether a run has ended that the server's history may not know yet. */
+let ended = false;
+
 function root() {
   return app.rootGraph ?? app.graph;
 }
@@ -81,7 +90,8 @@ function attach(node) {
   const { onExecuted, onRemoved } = node;
   node.onExecuted = function (output) {
     onExecuted?.apply(this, arguments);
-    showOutput(widget, output);
+    handed.set(widget, output);
+    setTimeout(() => showHanded());
   };
   node.onRemoved = function () {
     onRemoved?.apply(this, arguments);
@@ -96,6 +106,8 @@ function isOpen(workflow) {
 }
 
 function onLive({ detail }) {
+  owners.set(detail.prompt_id, detail.workflow);
+  if (owners.size > REMEMBERED) owners.delete(owners.keys().next().value);
   if (!isOpen(detail.workflow)) return;
   for (const path of detail.views) {
     const widget = widgets.get(nodeAt(path));
@@ -138,6 +150,24 @@ async function restore() {
   }
 }
 
+/** A workflow that was opened while its run was ending gets the run once the history has it. */
+function onStatus() {
+  if (!ended) return undefined;
+  ended = false;
+  return restore();
+}
+
+/**
+ * Shows what was handed to nodes. The frontend finds nodes by their number alone, so the workflow that is open is handed
+ * what another one's run made; that is left out, where live events told of the prompt.
+ */
+function showHanded(prompt = null) {
+  const outputs = [...handed];
+  handed.clear();
+  if (!isOpen(owners.get(prompt))) return;
+  for (const [widget, output] of outputs) showOutput(widget, output);
+}
+
 function copySelected() {
   for (const node of Object.values(app.canvas?.selected_nodes ?? {})) {
     const widget = widgets.get(node);
@@ -167,6 +197,9 @@ app.registerExtension({
     api.addEventListener("arva.timeline", onLive);
     api.addEventListener("execution_interrupted", onEnd("stopped"));
     api.addEventListener("execution_error", onEnd("failed"));
+    api.addEventListener("execution_success", () => (ended = true));
+    api.addEventListener("status", onStatus);
+    api.addEventListener("executed", ({ detail }) => showHanded(detail?.prompt_id));
   },
   nodeCreated(node) {
     if (node.comfyClass === NODE) attach(node);

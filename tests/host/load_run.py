@@ -26,7 +26,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from tests.host.comfy import PACK_ROOT, ComfyServer, find_comfy
-from tests.host.workflow_run import LATENT_NODE, NAMES, SAMPLER, Graph, load_graph, nodes_of, with_saved_latents
+from tests.host.workflow_run import LATENT_NODE, NAMES, Graph, load_graph, samplers_of, with_saved_latents
 
 TARGET = PACK_ROOT / "bench" / "results" / "load.json"
 SHORT: dict[str, dict[str, Any]] = {
@@ -37,8 +37,10 @@ SHORT: dict[str, dict[str, Any]] = {
     "tiny_stream": {"frames": 12},
     "tiny_long_video": {"frames": 12, "budget": 9.0, "from_segment": 1, "steps": 2},
     "tiny_accelerate_compare": {"frames": 8, "steps": 4, "segment": 8, "ar_step": 1},
+    "tiny_ksampler": {"frames": 8, "steps": 4},
+    "tiny_sampler_ar_video": {"frames": 8, "steps": 4},
 }
-SEEDS = (7, 8)
+SEEDS, SEEDED = (7, 8), ("seed", "noise_seed")
 DELETED, INTERRUPTED = 0.1, 0.1  # shares of the prompts
 GROWTH = 0.01
 SERVER = ("--cache-classic",)  # keeps the last prompt's results; by default they pile up until memory is short
@@ -105,8 +107,8 @@ def graph_of(workflow: str, seed: int, tag: str, graph: Graph | None = None) -> 
         node["inputs"] |= {key: value for key, value in SHORT[workflow].items() if key in node["inputs"]}
         if node["class_type"] == "PrimitiveInt":
             node["inputs"]["value"] = seed
-        elif node["class_type"] == SAMPLER and not isinstance(node["inputs"]["seed"], list):
-            node["inputs"]["seed"] = seed
+        elif key := next((key for key in SEEDED if isinstance(node["inputs"].get(key), int)), None):
+            node["inputs"][key] = seed
         elif node_id.startswith(LATENT_NODE):
             node["inputs"]["filename_prefix"] = f"load/{tag}"
     return graph
@@ -115,7 +117,7 @@ def graph_of(workflow: str, seed: int, tag: str, graph: Graph | None = None) -> 
 def digests(server: ComfyServer, graph: Graph, entry: dict[str, Any], tag: str) -> tuple[str, ...]:
     """Of the latents that each sampler of a finished graph saved."""
     made = []
-    for sampler in nodes_of(graph, SAMPLER):
+    for sampler in samplers_of(graph):
         (saved,) = entry["outputs"][LATENT_NODE + sampler]["latents"]
         if not saved["filename"].startswith(f"{tag}_"):
             return (f"{saved['filename']} is not of {tag}",)

@@ -147,6 +147,28 @@ def test_a_saved_workflow_holds_no_trace_of_the_run_and_loads_again(frontend: Fr
     assert frontend.watch()[-1] == before
 
 
+def test_what_another_workflow_made_is_not_shown(frontend: Frontend, seeds: Iterator) -> None:
+    frontend.load(short(next(seeds)))
+    frontend.queue()
+    before = frontend.watch()[-1]
+    frontend.page.wait_for_function(f"{TIMELINES}[0].widgets.at(-1).element.querySelector('a[href]')")
+    deliver = """async ([prompt, workflow]) => {
+        const {api} = await import("/scripts/api.js");
+        const [entry] = Object.values(await (await api.fetchApi("/history?max_items=1")).json());
+        const [path, output] = Object.entries(entry.outputs).find(([, output]) => output.arva_timeline);
+        if (workflow) api.dispatchCustomEvent("arva.timeline", {prompt_id: prompt, workflow, views: []});
+        api.dispatchCustomEvent("executed", {node: path, display_node: path, output, prompt_id: prompt});
+    }"""
+    frontend.page.wait_for_timeout(1500)
+    frontend.load(short(next(seeds)))
+    frontend.page.evaluate(deliver, ["of another", "another workflow"])
+    frontend.page.wait_for_timeout(1000)
+    assert frontend.status() == ""
+    frontend.page.evaluate(deliver, ["cached", None])
+    assert frontend.watch(seconds=10)[-1] == before
+    assert not frontend.errors, "\n".join(frontend.errors)
+
+
 def test_inside_a_subgraph_the_widget_fills_too(frontend: Frontend, seeds: Iterator) -> None:
     frontend.load(short(next(seeds)))
     inner = frontend.page.evaluate(
