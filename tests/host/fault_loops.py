@@ -47,7 +47,7 @@ class Loop:
 
 
 LOOPS = {
-    "staircase": Loop("frames", (SCHEDULED, CORRECTED, ("ARVAActiveFrameWindow", "frozen K/V", 0.5, "log-signal"))),
+    "staircase": Loop("frames", (SCHEDULED, CORRECTED, ("ARVAActiveFrameWindow", "frozen K/V", 3.0, "log-signal"))),
     "suffix": Loop(
         "frames", (("ARVAHistoryGuidedCache", 10.0, "auto", 5, 2), ("ARVAActiveFrameWindow", "suffix")),
         COMMON | {"cfg": 1.0, "solver": "unipc", "history_noise": 0.02},
