@@ -45,7 +45,7 @@ DELETED, INTERRUPTED = 0.1, 0.1  # shares of the prompts
 GROWTH = 0.01
 SERVER = ("--cache-classic",)  # keeps the last prompt's results; by default they pile up until memory is short
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
-SILENCE = 600.0
+SILENCE, LAST_WORDS = 600.0, 10.0
 
 
 @dataclass
@@ -180,6 +180,9 @@ def _watch(server: ComfyServer, prompts: list[Prompt], draw: random.Random) -> l
         time.sleep(0.02)
     for timer in timers:
         timer.join()
+    ends, until = sum(server.history(prompt.id) is not None for prompt in prompts), time.monotonic() + LAST_WORDS
+    while sum(len(client.told_of(*ENDS)) for client in clients) < ends and time.monotonic() < until:
+        time.sleep(0.02)  # the queue is empty before the last message has come
     return [*resident, server.resident_bytes()]
 
 
