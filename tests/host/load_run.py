@@ -40,6 +40,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "tiny_ksampler": {"frames": 8, "steps": 4},
     "tiny_sampler_ar_video": {"frames": 8, "steps": 4},
 }
+WARM = 60  # prompts until the allocator holds what every workflow needs, with its models in any order
 SEEDS, SEEDED = (7, 8), ("seed", "noise_seed")
 DELETED, INTERRUPTED = 0.1, 0.1  # shares of the prompts
 GROWTH = 0.01
@@ -93,9 +94,9 @@ class Load:
         return dict(Counter(prompt.ended for prompt in self.prompts))
 
     def growth(self, warm: int) -> float:
-        """Relative growth of memory from the prompts after ``warm`` to the last ones: medians of a tenth of them."""
+        """Relative growth of memory from the prompts after ``warm`` to the last ones: medians of a quarter of them."""
         after = self.resident[warm:]
-        part = max(1, len(after) // 10)
+        part = max(1, len(after) // 4)
         first, last = statistics.median(after[:part]), statistics.median(after[-part:])
         return last / first - 1.0
 
@@ -233,7 +234,7 @@ def _messages(clients: Sequence[Client], prompts: list[Prompt]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Queue many prompts on a headless ComfyUI.")
-    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--prompts", type=int, default=WARM + 200)
     parser.add_argument("--seed", type=int, default=0, help="of what is queued and cancelled")
     parser.add_argument("--target", type=Path, default=TARGET, help="file for the figures")
     options = parser.parse_args()
@@ -242,7 +243,7 @@ def main() -> None:
         sys.exit("No ComfyUI found; set COMFYUI_PATH.")
     with ComfyServer(root, extra_args=SERVER) as server:
         load = run_load(server, options.prompts, options.seed)
-    warm = options.prompts // 10
+    warm = min(WARM, options.prompts // 4)
     figures = {
         "prompts": options.prompts, "seed": options.seed, "server": list(SERVER), "clients": 2, "ended": load.ended,
         "accounted for": sum(load.ended.values()) - len(load.faults), "faults": load.faults,
