@@ -12,6 +12,7 @@ from tests.host.test_nodes import checkpoints
 
 __all__ = ["checkpoints"]
 
+pytestmark = pytest.mark.long
 SCRIPT = Path(__file__).with_name("weight_runs.py")
 WAYS = ("KSampler", "shared prefix", "frozen K/V", "K/V budget")
 KINDS = ("Q8_0", "Q4_0")
