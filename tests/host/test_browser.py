@@ -57,7 +57,7 @@ TEN_THOUSAND = """async ([modules, chunks]) => {
 """Milliseconds of 90 frames, zoomed in, panned and zoomed out again, each drawn to the end."""
 
 
-@pytest.fixture(scope="module", params=RENDERERS)
+@pytest.fixture(scope="module", params=[RENDERERS[0], pytest.param(RENDERERS[1], marks=pytest.mark.long)])
 def frontend(request: pytest.FixtureRequest, chromium_browser: Any, server: ComfyServer) -> Iterator[Frontend]:
     page = Frontend(chromium_browser, server, request.param)
     yield page
