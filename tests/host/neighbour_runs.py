@@ -68,20 +68,25 @@ def segments(given, latent: dict, texts: tuple = (positive, negative), **changes
     return node("ARVASegmentSampler", given, *texts, latent, **SEGMENTS | changes)[0]["samples"]
 
 
-def weights(model, checkpoint: str, latent: dict, plain: torch.Tensor) -> None:
-    """LoRA, fp8, merging and compiling."""
+def lora_file(model, parts: tuple[str, ...]) -> str:
+    """Name of a new LoRA of random weights for linear layers of the first two blocks."""
     generator = torch.Generator().manual_seed(2)
-    keys = [f"blocks.{index}.self_attn.{part}" for index in range(2) for part in ("q", "o")]
     lora = {}
-    for key in keys:
+    for key in (f"blocks.{index}.{part}" for index in range(2) for part in parts):
         rows, columns = comfy.utils.get_attr(model.model.diffusion_model, f"{key}.weight").shape
         lora[f"diffusion_model.{key}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * 0.2
         lora[f"diffusion_model.{key}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.2
     save_file(lora, Path(folder_paths.get_folder_paths("loras")[0]) / "tiny.safetensors")
+    return "tiny.safetensors"
+
+
+def weights(model, checkpoint: str, latent: dict, plain: torch.Tensor) -> None:
+    """LoRA, fp8, merging and compiling."""
+    name = lora_file(model, ("self_attn.q", "self_attn.o"))
     loader = NODES["LoraLoaderModelOnly"]()
-    (changed,) = loader.load_lora_model_only(model, "tiny.safetensors", 1.0)
+    (changed,) = loader.load_lora_model_only(model, name, 1.0)
     facts["LoRA changes it"] = not torch.equal(tried("LoRA", changed, latent), plain)
-    (behind,) = loader.load_lora_model_only(scheduled(model, 0.9, 0.9), "tiny.safetensors", 1.0)
+    (behind,) = loader.load_lora_model_only(scheduled(model, 0.9, 0.9), name, 1.0)
     before = scheduled(changed, 0.9, 0.9)
     facts["LoRA before or behind"] = torch.equal(ksampler(behind, latent), ksampler(before, latent))
     facts["LoRA in segments"] = [

@@ -26,10 +26,9 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.patcher_extension import CallbacksMP
-from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).parent))
-from neighbour_runs import STEPS, segments, tried  # noqa: E402
+from neighbour_runs import STEPS, lora_file, segments, tried  # noqa: E402
 from stock_runs import (
     WAN,
     empty,
@@ -77,21 +76,10 @@ def left_behind(model) -> list[int]:
     ]  # fmt: skip
 
 
-def lora_file(model) -> str:
-    generator = torch.Generator().manual_seed(2)
-    lora = {}
-    for index in range(2):
-        key = f"blocks.{index}.ffn.0"
-        rows, columns = comfy.utils.get_attr(model.model.diffusion_model, f"{key}.weight").shape
-        lora[f"diffusion_model.{key}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * 0.2
-        lora[f"diffusion_model.{key}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.2
-    save_file(lora, Path(folder_paths.get_folder_paths("loras")[0]) / "weights.safetensors")
-    return "weights.safetensors"
-
-
 def with_lora(checkpoint: str):
     plain = comfy.sd.load_diffusion_model(checkpoint)
-    return nodes.NODE_CLASS_MAPPINGS["LoraLoaderModelOnly"]().load_lora_model_only(plain, lora_file(plain), 1.0)[0]
+    file = lora_file(plain, ("ffn.0",))
+    return nodes.NODE_CLASS_MAPPINGS["LoraLoaderModelOnly"]().load_lora_model_only(plain, file, 1.0)[0]
 
 
 def little_room(frames: str, causal: str) -> None:
@@ -186,7 +174,6 @@ def two_cards(frames: str, causal: str) -> None:
     model, blocks = comfy.sd.load_diffusion_model(frames), comfy.sd.load_diffusion_model(causal)
     split, split_blocks = (node("MultiGPU_WorkUnits", given, 2)[0] for given in (model, blocks))
     facts["copies"] = len(split.get_additional_models_with_key("multigpu"))
-    facts["two cards, error"] = {}
     plain = ksampler(model, empty(2), steps=STEPS)
     told = {"KSampler": (plain, tried("two cards", split, empty(2)))}
     fast, split_fast = scheduled(model, 0.9, 0.9), scheduled(split, 0.9, 0.9)
