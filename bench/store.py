@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import MISSING, Field, fields, is_dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,22 @@ ROWS_VERSION = 1
 """Raise it when code that changes a figure changes: what was stored before counts no longer."""
 
 
+def told(value: Any) -> Any:
+    """What a hash is told of a value that JSON does not know.
+
+    Of a dataclass its name and the fields that do not stand at their defaults, so that a field added with a default
+    that changes nothing leaves stored measurements valid; of anything else its repr.
+    """
+    if not is_dataclass(value):
+        return repr(value)
+    pairs = ((field, getattr(value, field.name)) for field in fields(value))
+    return {"class": type(value).__name__} | {field.name: own for field, own in pairs if own != _default(field)}
+
+
+def _default(field: Field) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
 class Store:
     """A folder of finished measurements. A file is written whole or not at all, so several processes may share it."""
 
@@ -24,8 +41,8 @@ class Store:
 
     def path(self, name: str, parts: dict[str, Any]) -> Path:
         """File of a measurement: ``name`` for people, and a hash of ``parts`` and ``ROWS_VERSION``."""
-        told = json.dumps({"version": ROWS_VERSION, "name": name} | parts, sort_keys=True, default=repr)
-        return self.folder / f"{name}-{sha256(told.encode()).hexdigest()[:16]}.json"
+        text = json.dumps({"version": ROWS_VERSION, "name": name} | parts, sort_keys=True, default=told)
+        return self.folder / f"{name}-{sha256(text.encode()).hexdigest()[:16]}.json"
 
     def get(self, path: Path, make: Callable[[], Any]) -> Any:
         """What is stored, or what ``make`` returns, stored."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from bench.pareto import Curve, draw, spread
 from bench.rehearsal import rehearse
 from bench.report import curves, write
 from bench.scenes import Scene
+from bench.store import Store
 from bench.table import groups, interval, unreached
 from demo.model import TinyConfig, TinyWan, save_model
 
@@ -117,6 +118,28 @@ def test_a_row_is_keyed_by_all_it_depends_on(tmp_path, monkeypatch):
     assert grid.row_path(task) not in paths
     monkeypatch.setattr("bench.store.ROWS_VERSION", 0)
     assert longer.row_path(task) not in paths
+
+
+@dataclass(frozen=True)
+class Measured:
+    width: int = 2
+    parts: tuple[int, ...] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class MeasuredLater(Measured):
+    depth: int = 1
+
+
+MeasuredLater.__name__ = "Measured"
+
+
+@pytest.mark.parametrize(("later", "same"), [({}, True), ({"depth": 1}, True), ({"depth": 2}, False)])
+def test_a_field_added_at_its_default_leaves_stored_rows_valid(tmp_path, later, same):
+    store = Store(tmp_path)
+    before = store.path("row", {"options": {"rule": Measured(3, (1,))}})
+    assert (store.path("row", {"options": {"rule": MeasuredLater(3, (1,), **later)}}) == before) is same
+    assert store.path("row", {"options": {"rule": Measured(3, (2,))}}) != before
 
 
 @pytest.mark.parametrize(("kind", "name"), [("tiny-df", "tri-modal"), ("tiny-causal", "random schedule")])
