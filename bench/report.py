@@ -13,6 +13,7 @@ from .methods import CEILING, FEWER_STEPS, FLOOR
 from .pareto import Curve, draw
 from .presets import schedule
 from .table import average, groups, table, unreached
+from .versus import versus
 
 Rows = list[dict[str, Any]]
 
@@ -52,7 +53,7 @@ def write(folder: Path, rows: Rows, missing: dict[str, dict[str, list[float]]], 
     folder.mkdir(parents=True, exist_ok=True)
     text = [notes(extent)]
     for kind in missing:
-        text += [heading(kind, extent), table(rows, kind), unreached(missing[kind])]
+        text += [heading(kind, extent), table(rows, kind), unreached(missing[kind]), versus(rows, kind)]
         picture = draw(curves(rows, kind), f"{kind}: quality at equal cost")
         (folder / f"pareto-{kind}.svg").write_text(picture, encoding="utf-8")
     told = {
