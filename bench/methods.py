@@ -83,10 +83,12 @@ def history_guided(source: str | None) -> Callable[[float, Scene], dict[str, Any
 
 
 def tri_modal(order: int | str) -> Callable[[tuple, Scene], dict[str, Any]]:
-    """Tri-Modal Scheduler on ``log-signal``; a setting is (most skips in a row, tau_predict, reach)."""
+    """Tri-Modal Scheduler on ``log-signal``; a setting is (most skips in a row, tau_predict, reach), or ``FAR`` for the
+    reach of the model's preset "fast"."""
 
-    def build(setting: tuple[int, float, float], scene: Scene) -> dict[str, Any]:
+    def build(setting: tuple[int, float, float | str], scene: Scene) -> dict[str, Any]:
         skips, tau, reach = setting
+        reach = _of_preset("fast", scene).scheduler.reach if reach == FAR else reach
         thresholds = TriModalConfig(0.0, tau, decay=1.0, max_skip=skips)
         return {"acceleration": Acceleration(scheduler=SchedulerConfig(thresholds, order=order, reach=reach))}
 
@@ -122,9 +124,9 @@ def flowcache(threshold: float, scene: Scene) -> dict[str, Any]:
     return {"acceleration": Acceleration(chunks=rule, frozen_window=FrozenConfig(commit=False))}
 
 
-def frozen(setting: tuple[int, float, float], scene: Scene) -> dict[str, Any]:
+def frozen(setting: tuple[int, float, float | str], scene: Scene) -> dict[str, Any]:
     """Tri-Modal Scheduler and Active Frame Window with frozen K/V; settings as of ``tri_modal``."""
-    acceleration = tri_modal(1)(setting, scene)["acceleration"]
+    acceleration = tri_modal(2)(setting, scene)["acceleration"]
     return {"acceleration": replace(acceleration, frozen_window=FrozenConfig(REFRESH))}
 
 
@@ -134,11 +136,11 @@ def auto(decibels: float, scene: Scene) -> dict[str, Any]:
 
 
 def _preset(name: str, **window: Any) -> Callable[[None, Scene], dict[str, Any]]:
-    def build(_: None, scene: Scene) -> dict[str, Any]:
-        preset = PRESETS.find(name, scene.kind, "causal" if scene.kind == CAUSAL else "frames")
-        return {"acceleration": replace(preset.acceleration, **window)}
+    return lambda _, scene: {"acceleration": replace(_of_preset(name, scene), **window)}
 
-    return build
+
+def _of_preset(name: str, scene: Scene) -> Acceleration:
+    return PRESETS.find(name, scene.kind, "causal" if scene.kind == CAUSAL else "frames").acceleration
 
 
 def _peers() -> Iterator[Method]:
@@ -171,7 +173,12 @@ WINDOWS = {
 DECIBELS = tuple(float(value) for value in range(60, 17, -1))
 DELTAS = geometric(0.01, 3.0, 40)
 SCALES = geometric(0.02, 5.0, 50)
-PATH = (  # from preset "high" (first) over "balanced" (fourth) to "fast" (last)
+FAR = "far"
+PATH = (  # from preset "high" (first) over "balanced" (fourth) past "fast"
+    (1, 1.5, 1.5), (2, 2.0, 1.5), (3, 3.0, 1.5), (4, 3.0, 1.5), (4, 9.0, FAR), (5, 9.0, FAR), (6, 9.0, FAR),
+    (7, 9.0, FAR), (8, 9.0, FAR), (9, 9.0, FAR),
+)  # fmt: skip
+CHUNK_PATH = (
     (1, 1.5, 1.5), (2, 2.0, 1.5), (3, 3.0, 1.5), (4, 3.0, 1.5), (5, 4.0, 2.0), (6, 6.0, 2.0), (7, 6.0, 2.5),
     (8, 9.0, 2.5), (9, 9.0, 3.0),
 )  # fmt: skip
@@ -202,13 +209,13 @@ def all_methods() -> dict[str, Method]:
         Method("history-guided-cache", history_guided(None), True, main=True, settings=DELTAS),
         Method("history-guided-sigma-linear", history_guided("sigma_linear"), True, main=True, settings=DELTAS),
         Method("history-guided-seg1-l1", history_guided("seg1_l1"), True, settings=DELTAS),
-        Method("tri-modal", tri_modal(1), True, main=True, settings=PATH, rehearsed=True),
+        Method("tri-modal", tri_modal(2), True, main=True, settings=PATH, rehearsed=True),
         *(
             Method(f"tri-modal-order-{order}", tri_modal(order), True, settings=PATH, rehearsed=True)
-            for order in (2, "newton2", "auto")
+            for order in (1, "newton2", "auto")
         ),
         Method("frozen-kv", frozen, True, STAIRCASE_MODELS, main=True, settings=PATH, rehearsed=True),
-        Method("chunk-cache", chunk_cache(2.0), True, STAIRCASE_MODELS, main=True, settings=PATH, rehearsed=True),
+        Method("chunk-cache", chunk_cache(2.0), True, STAIRCASE_MODELS, main=True, settings=CHUNK_PATH, rehearsed=True),
         Method("flowcache", flowcache, False, STAIRCASE_MODELS, main=True, settings=SCALES, rehearsed=True),
         Method("auto", auto, True, main=True, settings=DECIBELS),
         *_preset_rows(),

@@ -108,7 +108,7 @@ def test_finished_rows_are_not_measured_again(tmp_path, monkeypatch):
 def test_a_row_is_keyed_by_all_it_depends_on(tmp_path, monkeypatch):
     grid, task = Grid(Scene("tiny-df", PLANS["tiny-df"]), tmp_path), Task("tri-modal", 2.0, (2, 2.0, 1.5), 1)
     others = [
-        replace(task, setting=(3, 2.0, 1.5)), replace(task, seed=2), replace(task, method="tri-modal-order-2"),
+        replace(task, setting=(3, 2.0, 1.5)), replace(task, seed=2), replace(task, method="tri-modal-order-1"),
     ]  # fmt: skip
     longer = Grid(Scene("tiny-df", replace(PLANS["tiny-df"], steps=11)), tmp_path)
     paths = [grid.row_path(task), longer.row_path(task), *(grid.row_path(other) for other in others)]
