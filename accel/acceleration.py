@@ -69,7 +69,7 @@ class SchedulerConfig:
 
     thresholds: TriModalConfig = TriModalConfig(0.0, 3.0, decay=1.0, max_skip=4)
     signal: str = "log-signal"
-    order: int | str = 1
+    order: int | str = 2
     guards: Guards = field(default_factory=Guards)
     warmup: int = 1
     reach: float | None = 1.5
