@@ -36,7 +36,7 @@ SHORT = SegmentPlan(frames=28, segment=16, overlap=4, block=4, ar_step=5, steps=
 def by_hand(tau_predict: float, max_skip: int, reach: float) -> Acceleration:
     """Thresholds as the presets have them."""
     thresholds = TriModalConfig(0.0, tau_predict, decay=1.0, max_skip=max_skip)
-    return Acceleration(scheduler=SchedulerConfig(thresholds, reach=reach))
+    return Acceleration(scheduler=SchedulerConfig(thresholds, order=1, reach=reach))
 
 
 HAND = {
