@@ -30,7 +30,7 @@ PLANS = {
 }
 SCHEMES = (full.FULL, full.SUFFIX, full.ACTIVE, full.CAUSAL)
 WINDOWS = (full.FULL, full.SUFFIX, full.ACTIVE_WHOLE)
-LISTS = ("high", "balanced", "6 in a row", "fast", "scope-slow", "scope-fast")
+LISTS = ("high", "balanced", "5 in a row", "fast", "scope-slow", "scope-fast")
 
 
 def schedules() -> list[dict[str, Any]]:

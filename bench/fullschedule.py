@@ -32,8 +32,8 @@ from .scenes import Scene
 
 RESULTS = Path(__file__).with_name("results")
 SCENE = Scene("tiny-df", full.SKYREELS)
-BETWEEN = Acceleration(scheduler=SchedulerConfig(TriModalConfig(0.0, 4.0, 1.0, 6), order=1, reach=2.0))
-DECIDERS = {"balanced": BALANCED, "6 in a row": BETWEEN, "fast": FAST}
+BETWEEN = Acceleration(scheduler=SchedulerConfig(TriModalConfig(0.0, 9.0, 1.0, 5), reach=None))
+DECIDERS = {"balanced": BALANCED, "5 in a row": BETWEEN, "fast": FAST}
 WINDOWS = {
     "whole window": {},
     "suffix window": {"suffix_window": True},

@@ -25,6 +25,7 @@ from bench.report import curves, write
 from bench.scenes import Scene
 from bench.store import Store
 from bench.table import groups, interval, unreached
+from bench.versus import OURS, against, quotient, read, versus
 from demo.model import TinyConfig, TinyWan, save_model
 
 DESIGN = {
@@ -217,3 +218,40 @@ def test_labels_keep_apart_and_inside():
 def test_intervals_hold_the_mean():
     low, high = interval([1.0, 2.0, 3.0, 4.0])
     assert low < 2.5 < high and low >= 1.0 and high <= 4.0
+
+
+def entry(method, seed, ratio, error, ours=False):
+    return {"model": "tiny-df", "method": method, "budget": 3.0, "seed": seed, "ours": ours, "flop_ratio": ratio,
+            "latent_rel_l2": error}  # fmt: skip
+
+
+def test_errors_are_read_off_between_two_points_and_not_beyond_them():
+    points = [(2.0, 0.1), (4.0, 0.3), (8.0, 0.4)]
+    assert read(points, 2.0) == 0.1 and read(points, 8.0) == 0.4
+    assert read(points, 8.0**0.5) == pytest.approx(0.2)
+    assert read(points, 1.9) is None and read(points, 8.1) is None and read([], 3.0) is None
+
+
+def test_a_rival_is_compared_at_its_own_flops_clip_by_clip():
+    ours = [entry(OURS[0], seed, ratio, error * seed, True) for seed in (1, 2) for ratio, error in ((2, 0.1), (4, 0.3))]
+    rival = [entry("TeaCache", seed, 8.0**0.5, 0.4 * seed) for seed in (1, 2)]
+    error, (value, low, high) = against([*ours, *rival], "tiny-df", rival, OURS[0])
+    assert error == pytest.approx(0.3) and value == low == high == pytest.approx(0.5)
+    assert against(rival, "tiny-df", rival, OURS[0]) is None, "a method without rows was compared"
+    far = [entry("TeaCache", seed, 5.0, 0.4) for seed in (1, 2)]
+    assert against([*ours, *far], "tiny-df", far, OURS[0]) is None, "a curve was read beyond its end"
+
+
+def test_a_rival_equal_to_its_full_run_has_no_quotient():
+    assert quotient([(0.1, 0.0), (0.1, 0.2)]) is None
+    assert quotient([(0.1, 0.2), (0.3, 0.2)])[0] == pytest.approx(1.0)
+
+
+def test_the_table_lists_the_rivals_of_the_dearer_budgets_alone():
+    ours = [entry(OURS[0], seed, ratio, 0.2, True) for seed in (1, 2) for ratio in (2.0, 4.0)]
+    rivals = [entry("TeaCache", seed, 3.0, 0.4) for seed in (1, 2)]
+    cheap = [entry("MagCache", seed, 2.1, 0.4) for seed in (1, 2)]
+    text = versus([*ours, *rivals, *cheap], "tiny-df")
+    assert "| TeaCache, 3x | 3.00x | 0.400 | 0.200 | 0.50 (0.50 to 0.50) |" in text
+    assert "MagCache" not in text and f"| {OURS[0]}," not in text
+    assert versus(rivals, "tiny-df") == ""
