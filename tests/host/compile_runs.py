@@ -62,7 +62,7 @@ def main(frames_file: str, causal_file: str, backend: str = "count") -> None:
     small = {"segment": 8, "steps": 4}
     model, latent = comfy.sd.load_diffusion_model(frames_file), empty(12)
     compare("plain", model, latent, backend, **small)
-    fast = node("ARVATriModalScheduler", model, 0.2, 0.9, "log-snr", "1", 0.75, 5, 1, 0.0)[0]
+    fast = node("ARVATriModalScheduler", model, 0.2, 0.9, "log-snr", "2", 0.75, 5, 1, 0.0)[0]
     compare("suffix window", node("ARVAActiveFrameWindow", fast, "suffix")[0], latent, backend, **small)
     frozen = node("ARVAActiveFrameWindow", fast, "frozen K/V", 0.0, "log-signal")[0]
     compare("frozen K/V", frozen, latent, backend, segment=12, steps=4, ar_step=4)  # one block after the other

@@ -19,7 +19,7 @@ COMMON = {
 CAUSAL = COMMON | {"steps": 3, "solver": "euler"}
 FEW = CAUSAL | {"steps": 2}
 STREAM = {"fps": 16.0, "format": "mkv", "resume": True, "every": 1, "context": 2}
-SCHEDULED = ("ARVATriModalScheduler", 0.2, 0.9, "log-snr", "1", 0.75, 5, 1, 0.0)
+SCHEDULED = ("ARVATriModalScheduler", 0.2, 0.9, "log-snr", "2", 0.75, 5, 1, 0.0)
 CORRECTED = ("ARVAResidualCorrection", "seg1_l1")
 
 

@@ -55,7 +55,7 @@ def against_core(checkpoint: str) -> None:
     latents["guided"], facts["guided"] = sample(model, latent, **CAUSAL | {"cfg": 2.0})
     small = budget(model, 9.0, "latent frames", "window", 1)
     latents["guided window"], facts["guided window"] = sample(small, latent, **CAUSAL | {"cfg": 2.0})
-    scheduled = node("ARVATriModalScheduler", small, 0.3, 2.0, "log-snr", "1", 0.75, 5, 1, 0.0)[0]
+    scheduled = node("ARVATriModalScheduler", small, 0.3, 2.0, "log-snr", "2", 0.75, 5, 1, 0.0)[0]
     settings = CAUSAL | {"cfg": 2.0, "steps": 16}
     latents["guided fast"], facts["guided fast"] = sample(scheduled, latent, **settings, solver="euler")
 

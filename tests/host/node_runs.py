@@ -109,7 +109,7 @@ def diffusion_forcing(checkpoint: str) -> None:
     sigmas, euler = comfy.samplers.calculate_sigmas(sampling, "simple", 4), comfy.samplers.sampler_object("euler")
     core = core_sample(model, latent, euler, sigmas, 2.0, 7)
 
-    scheduled = node("ARVATriModalScheduler", model, 0.2, 0.9, "log-snr", "1", 0.75, 5, 1, 0.0)[0]
+    scheduled = node("ARVATriModalScheduler", model, 0.2, 0.9, "log-snr", "2", 0.75, 5, 1, 0.0)[0]
     windowed = node("ARVAActiveFrameWindow", scheduled, "suffix")[0]
     corrected = node("ARVAResidualCorrection", windowed, "sigma_linear")[0]
     latents["full"], facts["full"] = sample(model, latent)
@@ -133,7 +133,7 @@ def diffusion_forcing(checkpoint: str) -> None:
     latents["noised history"], _ = sample(model, latent, history_noise=0.05)
     cached = node("ARVAHistoryGuidedCache", model, 10.0, "auto", 5, 2)[0]
     _, facts["history"] = sample(cached, latent)
-    off = node("ARVATriModalScheduler", model, 0.0, 0.0, "log-snr", "1", 0.75, 5, 1, 0.0)[0]
+    off = node("ARVATriModalScheduler", model, 0.0, 0.0, "log-snr", "2", 0.75, 5, 1, 0.0)[0]
     off = node("ARVAHistoryGuidedCache", off, 0.0, "auto", 5, 2)[0]
     facts["off is off"] = torch.equal(sample(off, latent)[0], latents["full"])
     again, totals = sample(corrected, latent)
@@ -240,7 +240,7 @@ def refusals(model, latent: dict) -> None:
         "sigmas": sampler(sigmas=torch.tensor([1.0, 0.5, 0.1])),
         "rising sigmas": sampler(sigmas=torch.tensor([0.5, 1.0, 0.0])),
         "history noise": sampler(history_noise=1.0),
-        "thresholds": refusal(node, "ARVATriModalScheduler", model, 0.7, 0.6, "log-snr", "1", 0.75, 5, 1, 0.0),
+        "thresholds": refusal(node, "ARVATriModalScheduler", model, 0.7, 0.6, "log-snr", "2", 0.75, 5, 1, 0.0),
         "decay": refusal(node, "ARVATriModalScheduler", model, 0.0, 0.6, "log-snr", "1", 0.0, 5, 1, 0.0),
         "threshold": refusal(node, "ARVAHistoryGuidedCache", model, -1.0, "auto", 5, 2),
         "warmup": refusal(node, "ARVAHistoryGuidedCache", model, 0.1, "auto", 5, 0),
@@ -258,7 +258,7 @@ def causal_blocks(checkpoint: str) -> None:
     given, _ = sample(model, latent, **CAUSAL, sigmas=sigmas)
     facts["causal sigmas against core"] = (given - core).abs().max().item()
     latents["euler"], _ = sample(model, latent, **CAUSAL | {"steps": 8}, solver="euler")
-    guided = node("ARVATriModalScheduler", model, 0.3, 2.0, "log-snr", "1", 0.75, 5, 1, 0.0)[0]
+    guided = node("ARVATriModalScheduler", model, 0.3, 2.0, "log-snr", "2", 0.75, 5, 1, 0.0)[0]
     latents["fast euler"], facts["fast euler"] = sample(guided, latent, **CAUSAL | {"steps": 16}, solver="euler")
     latents["fast re-noise"], facts["fast re-noise"] = sample(guided, latent, **CAUSAL | {"steps": 16})
 

@@ -137,7 +137,7 @@ def listing(prefix: str) -> list[str]:
 
 def cases(checkpoint: str) -> None:
     model = comfy.sd.load_diffusion_model(checkpoint)
-    model = node("ARVATriModalScheduler", model, 0.2, 0.9, "log-snr", "1", 0.75, 5, 1, 0.0)[0]
+    model = node("ARVATriModalScheduler", model, 0.2, 0.9, "log-snr", "2", 0.75, 5, 1, 0.0)[0]
     expected, totals, *_ = sample(model, 24, FRAMES)
     images = codec.decode(expected)[0]
     facts["segments"] = 5
@@ -283,7 +283,7 @@ def to_latents(latents: torch.Tensor) -> torch.Tensor:
 
 def causal_model(checkpoint: str):
     model = comfy.sd.load_diffusion_model(checkpoint)
-    return node("ARVATriModalScheduler", model, 0.3, 2.0, "log-snr", "1", 0.75, 5, 1, 0.0)[0]
+    return node("ARVATriModalScheduler", model, 0.3, 2.0, "log-snr", "2", 0.75, 5, 1, 0.0)[0]
 
 
 def killed(checkpoint: str) -> None:

@@ -47,7 +47,7 @@ for name, path in json.loads(sys.argv[1]).items():
     made, settings = accelerate(model, "target", 37.5)
     held = options(made)["arva_acceleration"] == presets.quality_target(37.5)
     answer.setdefault("target", []).append(held and settings.startswith("target: 37.5 dB"))
-    described = NODES["ARVATriModalScheduler"].execute(model, 0.2, 0.9, "log-snr", "1", 0.75, 5, 1, 0.0)[0]
+    described = NODES["ARVATriModalScheduler"].execute(model, 0.2, 0.9, "log-snr", "2", 0.75, 5, 1, 0.0)[0]
     described = NODES["ARVAActiveFrameWindow"].execute(described, "suffix")[0]
     exact = accelerate(accelerate(described, "fast")[0], "exact")[0]
     answer.setdefault("replaced", []).append(
