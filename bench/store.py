@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,13 @@ ROWS_VERSION = 1
 def told(value: Any) -> Any:
     """What a hash is told of a value that JSON does not know.
 
-    Of a dataclass its name and the fields that do not stand at their defaults, so that a field added with a default
-    that changes nothing leaves stored measurements valid; of anything else its repr.
+    Of a dataclass its name and the fields that are not None, so that a part added later, which is None where it is not
+    used, leaves stored measurements valid, while a default that changes does not; of anything else its repr.
     """
     if not is_dataclass(value):
         return repr(value)
-    pairs = ((field, getattr(value, field.name)) for field in fields(value))
-    return {"class": type(value).__name__} | {field.name: own for field, own in pairs if own != _default(field)}
-
-
-def _default(field: Field) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+    pairs = ((field.name, getattr(value, field.name)) for field in fields(value))
+    return {"class": type(value).__name__} | {name: own for name, own in pairs if own is not None}
 
 
 class Store:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 
 import pytest
 import torch
@@ -123,24 +123,30 @@ def test_a_row_is_keyed_by_all_it_depends_on(tmp_path, monkeypatch):
 
 @dataclass(frozen=True)
 class Measured:
-    width: int = 2
+    width: int = 3
     parts: tuple[int, ...] = field(default_factory=tuple)
 
 
 @dataclass(frozen=True)
 class MeasuredLater(Measured):
-    depth: int = 1
+    depth: int | None = None
 
 
 MeasuredLater.__name__ = "Measured"
 
 
-@pytest.mark.parametrize(("later", "same"), [({}, True), ({"depth": 1}, True), ({"depth": 2}, False)])
-def test_a_field_added_at_its_default_leaves_stored_rows_valid(tmp_path, later, same):
+@pytest.mark.parametrize(("later", "same"), [({}, True), ({"depth": 2}, False)])
+def test_a_part_added_and_not_used_leaves_stored_rows_valid(tmp_path, later, same):
     store = Store(tmp_path)
     before = store.path("row", {"options": {"rule": Measured(3, (1,))}})
     assert (store.path("row", {"options": {"rule": MeasuredLater(3, (1,), **later)}}) == before) is same
     assert store.path("row", {"options": {"rule": Measured(3, (2,))}}) != before
+
+
+def test_a_default_that_changes_makes_stored_rows_void(tmp_path):
+    """A hash that left defaults out took rows of the former default for those of the new one."""
+    before, after = (make_dataclass("Rule", [("order", int, field(default=order))])() for order in (1, 2))
+    assert Store(tmp_path).path("row", {"rule": before}) != Store(tmp_path).path("row", {"rule": after})
 
 
 @pytest.mark.parametrize(("kind", "name"), [("tiny-df", "tri-modal"), ("tiny-causal", "random schedule")])
