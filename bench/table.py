@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -14,11 +14,13 @@ COLUMNS = (
 Group = list[dict[str, Any]]
 
 
-def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean."""
+def interval(
+    values: Sequence[Any], of: Callable[[Sequence[Any]], float] = fmean, draws: int = 2000
+) -> tuple[float, float]:
+    """95 % bootstrap interval of a statistic of the values, the mean unless told otherwise."""
     dice = random.Random(0)
-    means = sorted(fmean(dice.choices(values, k=len(values))) for _ in range(draws))
-    return means[int(0.025 * draws)], means[int(0.975 * draws) - 1]
+    found = sorted(of(dice.choices(values, k=len(values))) for _ in range(draws))
+    return found[int(0.025 * draws)], found[int(0.975 * draws) - 1]
 
 
 def groups(rows: Group, kind: str) -> list[Group]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from bisect import bisect_left
 from math import log
 from statistics import fmean
 from typing import Any
 
-from .table import Group, average, groups, table_of
+from .table import Group, average, groups, interval, table_of
 
 OURS = ("tri-modal", "auto")
 LEAST = 2.3  # FLOP ratio: rows of the budgets of 2.5 and more
@@ -35,17 +34,15 @@ def read(points: Points, ratio: float) -> float | None:
     return before + (after - before) * (log(ratio / low) / log(high / low))
 
 
-def quotient(pairs: list[tuple[float, float]], draws: int = 2000) -> tuple[float, float, float] | None:
+def quotient(pairs: Points) -> tuple[float, float, float] | None:
     """Mean of the first over mean of the second, and its 95 % bootstrap interval; None where the second is 0."""
 
-    def of(sample: list[tuple[float, float]]) -> float:
+    def of(sample: Points) -> float:
         return fmean(ours for ours, _ in sample) / fmean(theirs for _, theirs in sample)
 
     if not all(theirs > 0 for _, theirs in pairs):
         return None
-    dice = random.Random(0)
-    values = sorted(of(dice.choices(pairs, k=len(pairs))) for _ in range(draws))
-    return of(pairs), values[int(0.025 * draws)], values[int(0.975 * draws) - 1]
+    return of(pairs), *interval(pairs, of)
 
 
 def against(rows: Group, kind: str, rival: Group, method: str) -> tuple[float, tuple[float, float, float]] | None:
