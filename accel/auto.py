@@ -12,7 +12,7 @@ skip reaches. What follows is ours; the constants were read off the three tiny m
 3.  Ahead, ``|v^ - v| = k g`` with ``g = (D (D + D0) / (1 - s)^2)^(p/2)`` for a line through two velocities (``D`` the
     distance from the newest, ``D0`` between them), ``g = (D / (1 - s))^(p/2)`` for one; ``p`` is 1.5 where smooth
     velocities would give 2. ``k`` is learned per latent frame and per band of noise levels; later segments keep the
-    bands.
+    bands. A prediction of order 2 is charged as one of order 1, whose ``k`` it makes smaller where it is better.
 4.  With ``g`` of order 2 an interval of length ``h`` between computed calls costs about ``k h^3 / (1 - s)^3``, and the
     calls number ``integral ds / h``: the fewest for a given sum, or sum of squares, have the same error in every
     interval. So what is left of the budget is divided by the intervals still expected, which thin out halfway between

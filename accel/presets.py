@@ -137,7 +137,7 @@ def quality_target(quality: float | str) -> Acceleration:
     """Decisions that hold a PSNR in dB, or a level of ``auto.QUALITIES``, on any model: see ``accel.auto``. The
     thresholds are found during the run; caps are wide because the predicted error is what limits a skip."""
     return Acceleration(
-        scheduler=SchedulerConfig(TriModalConfig(0.0, 3.0, decay=1.0, max_skip=14), order=1, reach=4.0, quality=quality)
+        scheduler=SchedulerConfig(TriModalConfig(0.0, 3.0, decay=1.0, max_skip=14), reach=4.0, quality=quality)
     )
 
 

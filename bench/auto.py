@@ -1,9 +1,9 @@
 """Does a quality target hold, and at what cost: ``python -m bench.auto [--seeds N] [--models ...] [--targets ...]``.
 
-Every target, with one setting for all models, beside thresholds set by hand (``HAND``: the presets and settings between
-them). Each seed has a prompt of its own and is compared with its own full run. Prints, for each model and target, the
-FLOP ratio, PSNR (mean, least, most) and what the hand-set curve has at the same FLOPs: PSNR interpolated between its
-mean points over 1 / ratio. Writes ``bench/results/auto.json``.
+Every target, with one setting for all models, beside thresholds set by hand (``HAND``: settings of the table's
+``tri-modal``, the presets among them). Each seed has a prompt of its own and is compared with its own full run. Prints,
+for each model and target, the FLOP ratio, PSNR (mean, least, most) and what the hand-set curve has at the same FLOPs:
+PSNR interpolated between its mean points over 1 / ratio. Writes ``bench/results/auto.json``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from statistics import fmean, median
 
 import torch
 
-from accel.engine import Acceleration, SchedulerConfig
+from accel.engine import Acceleration
 from accel.metrics import psnr
-from accel.policy import TriModalConfig
 from accel.presets import quality_target
 from accel.sampling import SegmentPlan
 from demo.codec import TinyCodec
@@ -27,25 +26,20 @@ from demo.generate import CAUSAL_FRAMES, MODELS, PLAN, Result, sample, sample_ca
 from demo.model import TinyWan, load_model
 
 from .__main__ import RESULTS
-from .scenes import prompt
+from .methods import METHODS, PATH
+from .scenes import PLANS, Scene, prompt
 
 KINDS = ("tiny-df", "tiny-next-clip", "tiny-causal")
 SHORT = SegmentPlan(frames=28, segment=16, overlap=4, block=4, ar_step=5, steps=50)
 
 
-def by_hand(tau_predict: float, max_skip: int, reach: float) -> Acceleration:
-    """Thresholds as the presets have them."""
-    thresholds = TriModalConfig(0.0, tau_predict, decay=1.0, max_skip=max_skip)
-    return Acceleration(scheduler=SchedulerConfig(thresholds, order=1, reach=reach))
+HAND = {f"{setting[0]} in a row": setting for setting in (PATH[0], PATH[1], PATH[3], PATH[5], PATH[7], PATH[9])}
 
 
-HAND = {
-    "high": by_hand(1.5, 1, 1.5),
-    "2 in a row": by_hand(3.0, 2, 1.5),
-    "balanced": by_hand(3.0, 4, 1.5),
-    "6 in a row": by_hand(5.0, 6, 2.0),
-    "fast": by_hand(9.0, 9, 3.0),
-}
+def by_hand(kind: str) -> dict[str, Acceleration]:
+    """Thresholds set by hand for a model, by name."""
+    scene = Scene(kind, PLANS[kind])
+    return {name: METHODS["tri-modal"].build(setting, scene)["acceleration"] for name, setting in HAND.items()}
 
 
 def run(kind: str, model: TinyWan, seed: int, short: bool, acceleration: Acceleration | None = None) -> Result:
@@ -100,14 +94,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    methods = HAND | {f"target {target:g}": quality_target(target) for target in arguments.targets}
+    targets = {f"target {target:g}": quality_target(target) for target in arguments.targets}
     codec, rows = TinyCodec.load(), []
     for kind in arguments.models:
         model = load_model(arguments.weights / f"{kind}.safetensors")
         for seed in range(1, arguments.seeds + 1):
             full = run(kind, model, seed, arguments.short)
             reference = codec.decode(full.latents)
-            for method, acceleration in methods.items():
+            for method, acceleration in (by_hand(kind) | targets).items():
                 made = run(kind, model, seed, arguments.short, acceleration)
                 rows.append({
                     "model": kind, "method": method, "seed": seed,

@@ -236,4 +236,4 @@ def test_the_measurement_compares_at_equal_flops():
         {"model": "tiny-df", "method": name, "flop_ratio": 2.0 + index, "psnr": 50.0 - index, "note": None}
         for index, name in enumerate([*HAND, "target 40"])
     ]
-    assert table(rows, ["tiny-df"], [40.0])[-1] == "| tiny-df | 40 | 7.00x | 45.00 (45.0 to 45.0) | 45.00 | - |"
+    assert table(rows, ["tiny-df"], [40.0])[-1] == "| tiny-df | 40 | 8.00x | 44.00 (44.0 to 44.0) | 44.00 | - |"
