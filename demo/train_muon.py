@@ -6,11 +6,17 @@ import torch
 from torch import Tensor, nn
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has units for matrices in bfloat16."""
+    return device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+
+
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton-Schulz in fp32, matrices of one shape in one batch.
+    """Momentum orthogonalised by Newton-Schulz, matrices of one shape in one batch, in bfloat16 where the device has
+    units for it.
 
     ``torch.optim.Muon`` iterates in bfloat16 one matrix at a time, which takes as long as the whole step on a CPU
-    without bfloat16 units.
+    without such units.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
@@ -30,7 +36,10 @@ class Muon(torch.optim.Optimizer):
                     buffer.lerp_(parameter.grad, 1 - group["momentum"])
                     updates.append(parameter.grad.lerp(buffer, group["momentum"]))
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                for parameter, update in zip(parameters, orthogonalise(torch.stack(updates)), strict=True):
+                stacked = torch.stack(updates)
+                if has_bfloat16(stacked.device):
+                    stacked = stacked.bfloat16()
+                for parameter, update in zip(parameters, orthogonalise(stacked), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update, alpha=-group["lr"] * scale)
 

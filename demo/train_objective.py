@@ -13,6 +13,7 @@ from .codec import TinyCodec
 from .data import render, simulate
 from .generate import SHIFT
 from .prompt import embed_scenes, pack
+from .train_muon import has_bfloat16
 
 LENGTHS = {  # latent frames of a clip, drawn anew each step; shorter clips, more of them: more scenes a step
     "tiny-df": (16, 16, 16, 8, 4),
@@ -66,7 +67,7 @@ class Objective:
         self, model: nn.Module, x: Tensor, sigma: Tensor, context: Tensor, positions: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """The model's answer, on its device and in its precision; on the host in fp32."""
-        half = self.device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+        half = has_bfloat16(self.device)
         x, sigma, positions = (value.to(self.device) for value in (x, sigma, positions))
         context, bias = (value.to(self.device) for value in pack(context))
         mask = None if mask is None else mask.to(self.device)
