@@ -3,8 +3,9 @@
 Writes ``quality.json`` (``{"rows": [...]}``, one row a model, method, budget and clip), ``quality.md`` (means with 95 %
 bootstrap intervals over clips) and ``pareto-<model>.svg`` into ``bench/results``, and puts the presets' means into
 ``accel/presets.json``. What is finished is stored in ``bench/results/rows`` and found again, so a run that was stopped
-goes on, and several may share the work. Only the whole table goes there: with ``--quick`` it goes into ``quick``, with
-``--models`` or ``--methods`` into ``selected``.
+goes on, and several may share the work; ``--pack`` puts it into ``rows.json.xz``, from where another machine takes it
+up. Only the whole table goes into ``bench/results``: with ``--quick`` it goes into ``quick``, with ``--models`` or
+``--methods`` into ``selected``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .methods import METHODS
 from .presets import fill
 from .report import write
 from .scenes import PLANS
+from .store import Store
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -33,7 +35,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a short plan, to see that everything works")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--output", type=Path, help="where the tables go; stored rows are always shared")
+    parser.add_argument("--pack", action="store_true", help="measure nothing; pack what is stored")
     arguments = parser.parse_args()
+    store, packed = Store(RESULTS / "rows"), RESULTS / "rows.json.xz"
+    if arguments.pack:
+        store.pack(packed)
+        return
     if arguments.clips is not None and arguments.clips < 1:
         parser.error(f"--clips is {arguments.clips}; measure 1 clip or more")
     one_thread()
@@ -41,7 +48,8 @@ def main() -> None:
     extent = replace(extent, clips=arguments.clips or extent.clips)
     chosen = set(arguments.models) < set(PLANS) or set(arguments.methods) < set(METHODS)
     folder = arguments.output or RESULTS / ("quick" if arguments.quick else "selected" if chosen else "")
-    bench = Bench(extent, arguments.models, arguments.methods, RESULTS / "rows", arguments.jobs)
+    store.unpack(packed)
+    bench = Bench(extent, arguments.models, arguments.methods, store.folder, arguments.jobs)
     rows, missing = bench.run(lambda line: print(line, flush=True))
     print(write(folder, rows, missing, extent))
     if folder == RESULTS:

@@ -66,9 +66,8 @@ class Grid:
     def reference(self, seed: int) -> Reference:
         """The full run of a clip."""
         figures = self.full(seed)
-        return Reference(
-            Store(self.folder).latents(self.path("row", FULL, seed=seed)), figures["flops"], figures["seconds"]
-        )
+        latents = Store(self.folder).latents(self.path("row", FULL, seed=seed), lambda: self.scene.run(seed).latents)
+        return Reference(latents, figures["flops"], figures["seconds"])
 
     def settings(self, name: str, budgets: tuple[float | None, ...]) -> list[Any]:
         """Where the knob stands for each budget; None where the method does not reach it, or has no knob."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -55,8 +56,23 @@ class Store:
             path.with_suffix(".safetensors"), lambda target: save_file({"latents": latents.contiguous()}, target)
         )
 
-    def latents(self, path: Path) -> Tensor:
+    def latents(self, path: Path, make: Callable[[], Tensor]) -> Tensor:
+        """Latents stored beside a measurement, or what ``make`` returns, stored."""
+        if not path.with_suffix(".safetensors").exists():
+            self.write_latents(path, make())
         return load_file(path.with_suffix(".safetensors"))["latents"]
+
+    def pack(self, archive: Path) -> None:
+        """Every measurement, without latents, in one small file that can be handed on."""
+        rows = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("*.json"))}
+        archive.write_bytes(lzma.compress(json.dumps(rows, sort_keys=True).encode(), preset=9))
+
+    def unpack(self, archive: Path) -> None:
+        """The measurements of an archive, where there is one; those that are here already stay as they are."""
+        rows = json.loads(lzma.decompress(archive.read_bytes())) if archive.exists() else {}
+        for name, value in rows.items():
+            if not (self.folder / name).exists():
+                self.write(self.folder / name, value)
 
     def _whole(self, path: Path, write: Callable[[Path], Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -143,6 +143,23 @@ def test_a_part_added_and_not_used_leaves_stored_rows_valid(tmp_path, later, sam
     assert store.path("row", {"options": {"rule": Measured(3, (2,))}}) != before
 
 
+def test_packed_measurements_go_on_elsewhere_and_do_not_replace_newer_ones(tmp_path):
+    here, there = Store(tmp_path / "here"), Store(tmp_path / "there")
+    there.unpack(tmp_path / "none")
+    assert not there.folder.exists()
+    for number in (1, 2):
+        here.write(here.path("row", {"seed": number}), {"psnr": 30.5 + number})
+    here.write_latents(here.path("row", {"seed": 1}), torch.ones(2))
+    there.write(there.path("row", {"seed": 2}), {"psnr": 40.0})
+    here.pack(tmp_path / "rows.json.xz")
+    there.unpack(tmp_path / "rows.json.xz")
+    first, second = (there.path("row", {"seed": number}) for number in (1, 2))
+    assert there.get(first, lambda: None) == {"psnr": 31.5}
+    assert there.get(second, lambda: None) == {"psnr": 40.0}
+    assert torch.equal(there.latents(first, lambda: torch.zeros(2)), torch.zeros(2)), "latents are not packed"
+    assert torch.equal(there.latents(first, lambda: torch.ones(2)), torch.zeros(2)), "latents were made again"
+
+
 def test_a_default_that_changes_makes_stored_rows_void(tmp_path):
     """A hash that left defaults out took rows of the former default for those of the new one."""
     before, after = (make_dataclass("Rule", [("order", int, field(default=order))])() for order in (1, 2))
