@@ -113,18 +113,29 @@ class Block(nn.Module):
         self, x: Tensor, e: Tensor, rotations: Tensor, context: Tensor, mask=None, store=None, layer=0, bias=None
     ) -> Tensor:
         """``x`` ``[B, N, D]``, ``e`` ``[B, T, 6, D]`` one row a frame, ``context`` ``[B, L, D]``."""
-        shift, scale, gate, shift2, scale2, gate2 = (self.modulation[:, None] + e).unbind(2)
-        y = modulate(self.norm1(x), shift, scale)
+        x = self.attend_video(x, e, rotations, mask, store, layer)
+        return self.feed(self.attend_prompt(x, context, bias), e)
+
+    def attend_video(self, x: Tensor, e: Tensor, rotations: Tensor, mask=None, store=None, layer=0) -> Tensor:
+        """The first third of a block: self-attention."""
+        y = self.modulated(x, e)
         q, k, v = self.self_attn.project(y, y)
         q, k = rotate(q, rotations), rotate(k, rotations)
         if hasattr(store, "attend"):
             attended = store.attend(layer, q, k, v).flatten(2)
         else:
             attended = attend(q, *((k, v) if store is None else store.append(layer, k, v)), mask)
-        x = x + gated(self.self_attn.o(attended), gate)
+        return x + gated(self.self_attn.o(attended), self.modulation[:, None, 2] + e[:, :, 2])
+
+    def attend_prompt(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The second third: cross-attention."""
         q, k, v = self.cross_attn.project(self.norm3(x), context)
-        x = x + self.cross_attn.o(attend(q, k, v, bias))
-        return x + gated(self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
+        return x + self.cross_attn.o(attend(q, k, v, bias))
+
+    def feed(self, x: Tensor, e: Tensor) -> Tensor:
+        """The last third: feed-forward."""
+        shift, scale, gate = ((self.modulation[:, None, index] + e[:, :, index]) for index in (3, 4, 5))
+        return x + gated(self.ffn(modulate(self.norm2(x), shift, scale)), gate)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
