@@ -113,11 +113,6 @@ class Block(nn.Module):
         self, x: Tensor, e: Tensor, rotations: Tensor, context: Tensor, mask=None, store=None, layer=0, bias=None
     ) -> Tensor:
         """``x`` ``[B, N, D]``, ``e`` ``[B, T, 6, D]`` one row a frame, ``context`` ``[B, L, D]``."""
-        x = self.attend_video(x, e, rotations, mask, store, layer)
-        return self.feed(self.attend_prompt(x, context, bias), e)
-
-    def attend_video(self, x: Tensor, e: Tensor, rotations: Tensor, mask=None, store=None, layer=0) -> Tensor:
-        """The first third of a block: self-attention."""
         y = self.modulated(x, e)
         q, k, v = self.self_attn.project(y, y)
         q, k = rotate(q, rotations), rotate(k, rotations)
@@ -125,17 +120,11 @@ class Block(nn.Module):
             attended = store.attend(layer, q, k, v).flatten(2)
         else:
             attended = attend(q, *((k, v) if store is None else store.append(layer, k, v)), mask)
-        return x + gated(self.self_attn.o(attended), self.modulation[:, None, 2] + e[:, :, 2])
-
-    def attend_prompt(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The second third: cross-attention."""
+        gate, shift2, scale2, gate2 = ((self.modulation[:, None, index] + e[:, :, index]) for index in range(2, 6))
+        x = x + gated(self.self_attn.o(attended), gate)
         q, k, v = self.cross_attn.project(self.norm3(x), context)
-        return x + self.cross_attn.o(attend(q, k, v, bias))
-
-    def feed(self, x: Tensor, e: Tensor) -> Tensor:
-        """The last third: feed-forward."""
-        shift, scale, gate = ((self.modulation[:, None, index] + e[:, :, index]) for index in (3, 4, 5))
-        return x + gated(self.ffn(modulate(self.norm2(x), shift, scale)), gate)
+        x = x + self.cross_attn.o(attend(q, k, v, bias))
+        return x + gated(self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -218,11 +207,14 @@ class TinyWan(nn.Module):
         context = self.text_embedding(context)
         for layer, block in enumerate(self.blocks):
             tokens = block(tokens, e0, rotations, context, mask, store, layer, bias)
-        out = self.head(tokens, e)
-        height, width = x.shape[3] // PATCH, x.shape[4] // PATCH
-        return rearrange(
-            out, "b (t h w) (p q c) -> b c t (h p) (w q)", t=x.shape[2], h=height, w=width, p=PATCH, q=PATCH
-        ).contiguous()
+        return unpatch(self.head(tokens, e), x)
+
+
+def unpatch(tokens: Tensor, x: Tensor) -> Tensor:
+    """Latents of the shape of ``x`` ``[B, C, T, H, W]`` from what the head gives for each token."""
+    frames, height, width = x.shape[2], x.shape[3] // PATCH, x.shape[4] // PATCH
+    pattern = "b (t h w) (p q c) -> b c t (h p) (w q)"
+    return rearrange(tokens, pattern, t=frames, h=height, w=width, p=PATCH, q=PATCH).contiguous()
 
 
 def block_causal_mask(frames: int, tokens_per_frame: int, block: int) -> Tensor:

@@ -20,8 +20,9 @@ from torch import nn
 
 from .codec import WEIGHTS, TinyCodec
 from .data import render, simulate
-from .model import MODELS, Block, TinyConfig, TinyWan, load_model, save_model
-from .train_muon import Muon
+from .model import MODELS, TinyConfig, TinyWan, load_model, save_model
+from .train_forward import HalfForward
+from .train_muon import Muon, has_bfloat16
 from .train_objective import Objective
 
 STATE = Path(__file__).with_name("training")
@@ -52,13 +53,6 @@ def newest(kind: str) -> Path | None:
     return next((file for file in files if file.exists()), None)
 
 
-def compile_parts(block: Block) -> None:
-    """Compiles the parts of a block that come out right: in bfloat16 on a CPU, PyTorch 2.13 gives NaN for whole blocks,
-    and in the backward pass for a norm in one graph with the matrix that follows it."""
-    block.attend_video = torch.compile(block.attend_video, dynamic=False)
-    block.ffn.compile(dynamic=False)
-
-
 def train(rank: int, options: argparse.Namespace, together: Together) -> None:
     """Runs or resumes one worker of a training; the first one writes the weights and the loss curve."""
     kind, steps = options.kind, options.steps
@@ -80,7 +74,8 @@ def train(rank: int, options: argparse.Namespace, together: Together) -> None:
         teacher = TinyWan(config)
         teacher.load_state_dict(model.state_dict())
         teacher.to(device).requires_grad_(False)
-    objective = Objective(kind, TinyCodec.load(), options.clips, device, teacher)
+    half = HalfForward(not options.eager) if device.type == "cpu" and has_bfloat16(device) else None
+    objective = Objective(kind, TinyCodec.load(), options.clips, device, teacher, half)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -96,9 +91,9 @@ def train(rank: int, options: argparse.Namespace, together: Together) -> None:
         average, first, curve = saved["average"], saved["step"], saved["curve"]
         for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
             optimiser.load_state_dict(state)
-    if not options.eager:
+    if half is None and not options.eager:
         for block in (*model.blocks, *(teacher.blocks if teacher else ())):
-            compile_parts(block)
+            block.compile(dynamic=False)
     running, since = [], time.time()
 
     def save(step: int) -> None:

@@ -13,6 +13,7 @@ from .codec import TinyCodec
 from .data import render, simulate
 from .generate import SHIFT
 from .prompt import embed_scenes, pack
+from .train_forward import HalfForward
 from .train_muon import has_bfloat16
 
 LENGTHS = {  # latent frames of a clip, drawn anew each step; shorter clips, more of them: more scenes a step
@@ -50,13 +51,20 @@ class Objective:
 
     Args:
         clips: clips of 16 frames of one batch; more of shorter ones. teacher: the model whose guided steps a causal one
-            learns to foresee, instead of flow matching.
+            learns to foresee, instead of flow matching. half: makes the forward passes, where a CPU has bfloat16.
     """
 
     def __init__(
-        self, kind: str, codec: TinyCodec, clips: int, device: torch.device, teacher: nn.Module | None = None
+        self,
+        kind: str,
+        codec: TinyCodec,
+        clips: int,
+        device: torch.device,
+        teacher: nn.Module | None = None,
+        half: HalfForward | None = None,
     ) -> None:
         self.kind, self.codec, self.count, self.device, self.teacher = kind, codec, clips, device, teacher
+        self.half = half
 
     def clips(self, seed: int, frames: int) -> tuple[Tensor, Tensor]:
         """Latents and prompts of a batch, as many frames in all whatever a clip's length."""
@@ -67,11 +75,12 @@ class Objective:
         self, model: nn.Module, x: Tensor, sigma: Tensor, context: Tensor, positions: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """The model's answer, on its device and in its precision; on the host in fp32."""
-        half = has_bfloat16(self.device)
         x, sigma, positions = (value.to(self.device) for value in (x, sigma, positions))
         context, bias = (value.to(self.device) for value in pack(context))
         mask = None if mask is None else mask.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+        if self.half is not None:
+            return self.half(model, x, sigma, context, positions, mask, bias)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=has_bfloat16(self.device)):
             return model(x, sigma, context, positions, mask, bias=bias).float().cpu()
 
     def loss(self, model: nn.Module, seed: int) -> Tensor:

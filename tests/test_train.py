@@ -1,5 +1,6 @@
 import math
 import threading
+from functools import partial
 
 import torch
 
@@ -8,6 +9,7 @@ from demo.data import render, simulate
 from demo.model import TinyConfig, TinyWan
 from demo.prompt import embed_text, pack
 from demo.train import Together
+from demo.train_forward import HalfForward
 from demo.train_muon import Muon, orthogonalise
 from demo.train_objective import Objective, noise_levels, teacher_mask
 
@@ -71,6 +73,30 @@ def test_distillation_gives_a_finite_loss_and_a_perfect_student_has_none():
             network.head.head.weight.zero_()
             network.head.head.bias.fill_(0.25)  # a constant field: its flow lines are straight
         assert objective.loss(model, 5).item() < 1e-8
+
+
+def test_forward_pass_in_bfloat16_gives_the_answer_and_gradients_of_the_model():
+    torch.manual_seed(0)
+    model = TinyWan(TinyConfig(dim=96, ffn_dim=128, num_layers=2, num_heads=3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x, sigma = torch.randn(2, 16, 8, 4, 4), torch.rand(2, 8)
+    context, bias = pack(torch.cat([embed_text(text) for text in ("red disc, blue square, pan", "")]))
+    wanted, half = torch.randn_like(x), HalfForward(compiled=False)
+
+    def plain(x, sigma, context, positions, mask, bias):
+        return model(x, sigma, context, positions, mask, bias=bias)
+
+    for mask in (None, teacher_mask(4, 4, 2)):
+        results = []
+        for forward in (plain, partial(half, model)):
+            model.zero_grad()
+            answer = forward(x, sigma, context, torch.arange(8), mask, bias)
+            (answer - wanted).square().mean().backward()
+            results.append([answer.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        for own, reference in zip(*results[::-1], strict=True):
+            assert (own - reference).norm() < 0.03 * reference.norm()
 
 
 def test_packed_prompt_gives_the_same_answer():

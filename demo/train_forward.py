@@ -1,0 +1,175 @@
+"""The tiny transformer's forward and backward pass as a CPU with units for bfloat16 wants them.
+
+The same function of the same parameters as ``TinyWan.forward``, cut differently: matrix products alone in bfloat16,
+each stretch of elementwise work between two of them compiled into one kernel in float32, residual stream and parameters
+in float32. PyTorch 2.13 on a CPU gives NaN for whole blocks that are compiled in bfloat16, and spends more on the
+backward pass of fused attention than on all matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .model import Block, TinyWan, unpatch
+
+HALF = torch.bfloat16
+GELU = (2 * (2 / torch.pi) ** 0.5, 0.044715)  # gelu (tanh) = y sigmoid(a y (1 + b y^2))
+
+
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """AdaLN of ``[F, S, D]``, one row of ``shift`` and ``scale`` ``[F, 1, D]`` a frame."""
+    return (F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift).to(HALF)
+
+
+def _turned(qkv: Tensor, bias: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Scaled queries, keys and values ``[B, heads, N, d]`` of ``[B, N, 3 D]``, whose q and k have the first channels of
+    all pairs before the second."""
+    dim, head = norm_q.shape[0], 2 * cos.shape[-1]
+    q, k, v = (qkv.float() + bias).split(dim, -1)
+
+    def turn(y: Tensor, norm: Tensor) -> Tensor:
+        even, odd = F.rms_norm(y, (dim,), norm, 1e-6).unflatten(-1, (-1, 2, head // 2)).unbind(-2)
+        return torch.cat((even * cos - odd * sin, even * sin + odd * cos), -1).transpose(1, 2)
+
+    values = v.unflatten(-1, (-1, head)).transpose(1, 2).to(HALF).contiguous()
+    return (turn(q, norm_q) * head**-0.5).to(HALF).contiguous(), turn(k, norm_k).to(HALF).contiguous(), values
+
+
+def _prompted(q: Tensor, bias: Tensor, norm: Tensor, head: int) -> Tensor:
+    """Scaled queries ``[B, heads, N, d]`` of ``[B, N, D]``."""
+    y = F.rms_norm(q.float() + bias, norm.shape, norm, 1e-6) * head**-0.5
+    return y.unflatten(-1, (-1, head)).transpose(1, 2).to(HALF).contiguous()
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    return scores.float().softmax(-1).to(HALF)
+
+
+def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    return scores.float().masked_fill(~mask, float("-inf")).softmax(-1).to(HALF)
+
+
+def _biased_softmax(scores: Tensor, bias: Tensor) -> Tensor:
+    return (scores.float() + bias).softmax(-1).to(HALF)
+
+
+def _gated(x: Tensor, y: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+    """Residual stream ``[F, S, D]`` plus an answer times one ``gate`` ``[F, 1, D]`` a frame."""
+    return x + (y.float() + bias) * gate
+
+
+def _added(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    return x + (y.float() + bias)
+
+
+def _normed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6).to(HALF)
+
+
+def _gelu(y: Tensor) -> Tensor:
+    y = y.float()
+    return (y * torch.sigmoid(GELU[0] * y * (1 + GELU[1] * y * y))).to(HALF)
+
+
+def _gelu_gradient(y: Tensor, gradient: Tensor) -> Tensor:
+    y = y.float()
+    gate = torch.sigmoid(GELU[0] * y * (1 + GELU[1] * y * y))
+    return (gradient.float() * gate * (1 + y * (1 - gate) * GELU[0] * (1 + 3 * GELU[1] * y * y))).to(HALF)
+
+
+class HalfForward:
+    """``TinyWan.forward`` with matrix products in bfloat16; callable with the model and the same arguments.
+
+    Args:
+        compiled: whether the elementwise stretches are compiled, which takes a minute or two at the first steps.
+    """
+
+    def __init__(self, compiled: bool = True) -> None:
+        def made(function: Callable) -> Callable:
+            return torch.compile(function, dynamic=False) if compiled else function
+
+        self.modulated, self.turned, self.prompted = made(_modulated), made(_turned), made(_prompted)
+        self.softmax, self.masked, self.biased = made(_softmax), made(_masked_softmax), made(_biased_softmax)
+        self.gated, self.added, self.normed = made(_gated), made(_added), made(_normed)
+        gelu, gelu_gradient = made(_gelu), made(_gelu_gradient)
+
+        class Gelu(torch.autograd.Function):
+            """Gelu that keeps its input alone for the backward pass."""
+
+            @staticmethod
+            def forward(ctx, y: Tensor) -> Tensor:
+                ctx.save_for_backward(y)
+                return gelu(y)
+
+            @staticmethod
+            def backward(ctx, gradient: Tensor) -> Tensor:
+                return gelu_gradient(*ctx.saved_tensors, gradient)
+
+        self.gelu = Gelu.apply
+
+    def __call__(
+        self,
+        model: TinyWan,
+        x: Tensor,
+        sigma: Tensor,
+        context: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity ``[B, C, T, H, W]`` in float32; arguments as in ``TinyWan.forward``."""
+        clips, frames = x.shape[0], x.shape[2]
+        tokens, rotations = model.embed(x, positions)
+        e, e0 = model.embed_time(sigma)
+        prompt = model.text_embedding(context)
+        told = e0.flatten(0, 1)
+        stream = tokens.unflatten(1, (frames, -1)).flatten(0, 1).contiguous()
+        turns = (rotations[None, :, None, :, 0], rotations[None, :, None, :, 1])
+        for block in model.blocks:
+            moves = (block.modulation + told).unsqueeze(2).unbind(1)
+            stream = self.attend(block, stream, moves, clips, turns, mask)
+            stream = self.attend_prompt(block, stream, clips, prompt, bias)
+            y = self.modulated(stream, moves[3], moves[4])
+            y = self.gelu(F.linear(y, block.ffn[0].weight.to(HALF), block.ffn[0].bias.to(HALF)))
+            stream = self.gated(stream, F.linear(y, block.ffn[2].weight.to(HALF)), block.ffn[2].bias, moves[5])
+        return unpatch(model.head(stream.view(clips, -1, stream.shape[-1]), e), x)
+
+    def attend(
+        self,
+        block: Block,
+        stream: Tensor,
+        moves: tuple[Tensor, ...],
+        clips: int,
+        turns: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Self-attention of the frames ``[F, S, D]`` of ``clips`` clips."""
+        layer, dim = block.self_attn, stream.shape[-1]
+        # the product of two turned vectors does not depend on the order of channels: pairs apart, halves together
+        order = torch.arange(dim).view(layer.heads, -1, 2).transpose(1, 2).flatten()
+        weight = torch.cat((layer.q.weight[order], layer.k.weight[order], layer.v.weight))
+        offset = torch.cat((layer.q.bias[order], layer.k.bias[order], layer.v.bias))
+        y = self.modulated(stream, moves[0], moves[1]).view(clips, -1, dim)
+        norms = (layer.norm_q.weight[order], layer.norm_k.weight[order])
+        q, k, v = self.turned(F.linear(y, weight.to(HALF)), offset, *norms, *turns)
+        scores = q @ k.mT
+        seen = (self.softmax(scores) if mask is None else self.masked(scores, mask)) @ v
+        answer = F.linear(seen.transpose(1, 2).flatten(2), layer.o.weight.to(HALF)).view(stream.shape)
+        return self.gated(stream, answer, layer.o.bias, moves[2])
+
+    def attend_prompt(self, block: Block, stream: Tensor, clips: int, prompt: Tensor, bias: Tensor | None) -> Tensor:
+        """Cross-attention of ``[F, S, D]`` to prompts ``[B, L, D]``."""
+        layer, dim = block.cross_attn, stream.shape[-1]
+        head = dim // layer.heads
+        y = self.normed(stream, block.norm3.weight, block.norm3.bias).view(clips, -1, dim)
+        q = self.prompted(F.linear(y, layer.q.weight.to(HALF)), layer.q.bias, layer.norm_q.weight, head)
+        k, v = layer.norm_k(layer.k(prompt)), layer.v(prompt)
+        k, v = (part.unflatten(-1, (-1, head)).transpose(1, 2).to(HALF) for part in (k, v))
+        scores = q @ k.mT
+        seen = (self.softmax(scores) if bias is None else self.biased(scores, bias)) @ v
+        answer = F.linear(seen.transpose(1, 2).flatten(2), layer.o.weight.to(HALF)).view(stream.shape)
+        return self.added(stream, answer, layer.o.bias)
