@@ -10,7 +10,7 @@ from typing import Any
 from .table import Group, average, groups, interval, table_of
 
 OURS = ("tri-modal", "auto")
-LEAST = 2.3  # FLOP ratio: rows of the budgets of 2.5 and more
+LEAST = 2.25  # FLOP ratio: rows of the budgets of 2.5 and more; a whole number of steps may miss a budget by so much
 Points = list[tuple[float, float]]
 
 
