@@ -34,7 +34,7 @@ test-long: FULL = -m "" --hypothesis-profile=long
 test-long: test
 
 bench: venv
-	$(KEEP) $(BIN)/python -m bench $(if $(QUICK),--quick)
+	$(KEEP) $(BIN)/python -m bench $(if $(QUICK),--quick --jobs 2)
 	$(BIN)/python -m bench.kv $(if $(QUICK),--quick)
 
 # Any Python with torch for CUDA will do: make bench-gpu GPU_PYTHON=python3. TOY=1 runs it at toy size on the CPU.
