@@ -47,9 +47,10 @@ class Together:
         nn.utils.vector_to_parameters(mean, model.parameters())
 
 
-def newest(kind: str) -> Path | None:
-    """The weights a training without a saved state starts from: the model's own, else those of ``tiny-df``."""
-    files = (MODELS / f"{kind}.safetensors", MODELS / "tiny-df.safetensors")
+def newest(*kinds: str) -> Path | None:
+    """The weights a training without a saved state starts from: of the first of these models that has any, those that
+    were left in ``demo/training`` to be trained further, else the released ones."""
+    files = (folder / f"{kind}.safetensors" for kind in kinds for folder in (STATE, MODELS))
     return next((file for file in files if file.exists()), None)
 
 
@@ -65,7 +66,7 @@ def train(rank: int, options: argparse.Namespace, together: Together) -> None:
     config = replace(TinyConfig(), kind=kind, causal_ar=kind == "tiny-causal")
     model = TinyWan(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    start = newest(kind)
+    start = newest(options.start) if options.start else newest(kind, "tiny-df")
     if start is not None:
         model.load_state_dict(load_model(start).state_dict())
     model.to(device)
@@ -148,6 +149,9 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=16, help="clips of one step")
     parser.add_argument("--rate", type=float, default=1.0, help="factor on both learning rates")
     parser.add_argument("--workers", type=int, default=1, help="processes that train one model, one CPU core each")
+    parser.add_argument(
+        "--start", choices=("tiny-df", "tiny-next-clip", "tiny-causal"), help="model to start from, if not its own"
+    )
     parser.add_argument("--distil", action="store_true", help="tiny-causal: learn to need few steps, from its weights")
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
     arguments = parser.parse_args()

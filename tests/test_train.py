@@ -8,7 +8,8 @@ from demo.codec import TinyCodec
 from demo.data import render, simulate
 from demo.model import TinyConfig, TinyWan
 from demo.prompt import embed_text, pack
-from demo.train import Together
+from demo import train
+from demo.train import Together, newest
 from demo.train_forward import HalfForward
 from demo.train_muon import Muon, orthogonalise
 from demo.train_objective import Objective, noise_levels, teacher_mask
@@ -97,6 +98,17 @@ def test_forward_pass_in_bfloat16_gives_the_answer_and_gradients_of_the_model():
             results.append([answer.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
         for own, reference in zip(*results[::-1], strict=True):
             assert (own - reference).norm() < 0.03 * reference.norm()
+
+
+def test_training_starts_from_what_was_trained_further_then_from_the_released(tmp_path, monkeypatch):
+    released, further = tmp_path / "released", tmp_path / "further"
+    monkeypatch.setattr(train, "MODELS", released)
+    monkeypatch.setattr(train, "STATE", further)
+    assert newest("tiny-causal", "tiny-df") is None
+    for folder, kind in ((released, "tiny-df"), (further, "tiny-df"), (released, "tiny-causal")):
+        folder.mkdir(exist_ok=True)
+        (folder / f"{kind}.safetensors").touch()
+        assert newest("tiny-causal", "tiny-df") == folder / f"{kind}.safetensors"
 
 
 def test_packed_prompt_gives_the_same_answer():
