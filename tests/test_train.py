@@ -4,11 +4,11 @@ from functools import partial
 
 import torch
 
+from demo import train
 from demo.codec import TinyCodec
 from demo.data import render, simulate
 from demo.model import TinyConfig, TinyWan
 from demo.prompt import embed_text, pack
-from demo import train
 from demo.train import Together, newest
 from demo.train_forward import HalfForward
 from demo.train_muon import Muon, orthogonalise
