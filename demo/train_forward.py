@@ -45,16 +45,9 @@ def _prompted(q: Tensor, bias: Tensor, norm: Tensor, head: int) -> Tensor:
     return y.unflatten(-1, (-1, head)).transpose(1, 2).to(HALF).contiguous()
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    return scores.float().softmax(-1).to(HALF)
-
-
-def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    return scores.float().masked_fill(~mask, float("-inf")).softmax(-1).to(HALF)
-
-
-def _biased_softmax(scores: Tensor, bias: Tensor) -> Tensor:
-    return (scores.float() + bias).softmax(-1).to(HALF)
+def _softmax(scores: Tensor, bias: Tensor | None) -> Tensor:
+    scores = scores.float()
+    return (scores if bias is None else scores + bias).softmax(-1).to(HALF)
 
 
 def _gated(x: Tensor, y: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
@@ -93,8 +86,8 @@ class HalfForward:
             return torch.compile(function, dynamic=False) if compiled else function
 
         self.modulated, self.turned, self.prompted = made(_modulated), made(_turned), made(_prompted)
-        self.softmax, self.masked, self.biased = made(_softmax), made(_masked_softmax), made(_biased_softmax)
-        self.gated, self.added, self.normed = made(_gated), made(_added), made(_normed)
+        self.softmax, self.normed = made(_softmax), made(_normed)
+        self.gated, self.added = made(_gated), made(_added)
         gelu, gelu_gradient = made(_gelu), made(_gelu_gradient)
 
         class Gelu(torch.autograd.Function):
@@ -128,10 +121,11 @@ class HalfForward:
         prompt = model.text_embedding(context)
         told = e0.flatten(0, 1)
         stream = tokens.unflatten(1, (frames, -1)).flatten(0, 1).contiguous()
+        hidden = None if mask is None else torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
         turns = (rotations[None, :, None, :, 0], rotations[None, :, None, :, 1])
         for block in model.blocks:
             moves = (block.modulation + told).unsqueeze(2).unbind(1)
-            stream = self.attend(block, stream, moves, clips, turns, mask)
+            stream = self.attend(block, stream, moves, clips, turns, hidden)
             stream = self.attend_prompt(block, stream, clips, prompt, bias)
             y = self.modulated(stream, moves[3], moves[4])
             y = self.gelu(F.linear(y, block.ffn[0].weight.to(HALF), block.ffn[0].bias.to(HALF)))
@@ -145,7 +139,7 @@ class HalfForward:
         moves: tuple[Tensor, ...],
         clips: int,
         turns: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        bias: Tensor | None,
     ) -> Tensor:
         """Self-attention of the frames ``[F, S, D]`` of ``clips`` clips."""
         layer, dim = block.self_attn, stream.shape[-1]
@@ -156,9 +150,7 @@ class HalfForward:
         y = self.modulated(stream, moves[0], moves[1]).view(clips, -1, dim)
         norms = (layer.norm_q.weight[order], layer.norm_k.weight[order])
         q, k, v = self.turned(F.linear(y, weight.to(HALF)), offset, *norms, *turns)
-        scores = q @ k.mT
-        seen = (self.softmax(scores) if mask is None else self.masked(scores, mask)) @ v
-        answer = F.linear(seen.transpose(1, 2).flatten(2), layer.o.weight.to(HALF)).view(stream.shape)
+        answer = self.read(q, k, v, bias, layer.o.weight).view(stream.shape)
         return self.gated(stream, answer, layer.o.bias, moves[2])
 
     def attend_prompt(self, block: Block, stream: Tensor, clips: int, prompt: Tensor, bias: Tensor | None) -> Tensor:
@@ -169,7 +161,10 @@ class HalfForward:
         q = self.prompted(F.linear(y, layer.q.weight.to(HALF)), layer.q.bias, layer.norm_q.weight, head)
         k, v = layer.norm_k(layer.k(prompt)), layer.v(prompt)
         k, v = (part.unflatten(-1, (-1, head)).transpose(1, 2).to(HALF) for part in (k, v))
-        scores = q @ k.mT
-        seen = (self.softmax(scores) if bias is None else self.biased(scores, bias)) @ v
-        answer = F.linear(seen.transpose(1, 2).flatten(2), layer.o.weight.to(HALF)).view(stream.shape)
+        answer = self.read(q, k, v, bias, layer.o.weight).view(stream.shape)
         return self.added(stream, answer, layer.o.bias)
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
+        """What scaled queries ``[B, heads, N, d]`` read, through the output matrix: ``[B, N, D]``."""
+        seen = self.softmax(q @ k.mT, bias) @ v
+        return F.linear(seen.transpose(1, 2).flatten(2), weight.to(HALF))
