@@ -24,6 +24,7 @@ LENGTHS = {  # latent frames of a clip, drawn anew each step; shorter clips, mor
 SUBSTEPS = 16  # of the teacher between noise and clip in consistency distillation
 FEW_STEP_SHIFT = 5.0  # noise-level shift of core's 4-step sampler
 TAUGHT_GUIDANCE = 2.0
+SLIP = 0.08  # most noise that clean history has without being told: a rollout's own history is never perfect
 
 
 def noise_levels(generator: torch.Generator, clips: int, frames: int, block: int = 4) -> Tensor:
@@ -99,7 +100,8 @@ class Objective:
             sigma = torch.where(torch.arange(frames)[None] < history, torch.zeros(()), told)
         else:
             told = sigma = noise_levels(generator, len(x0), frames)
-        x = torch.lerp(x0, noise, _wide(sigma))
+        slip = SLIP * torch.rand(len(x0), 1, generator=generator) * (torch.rand(len(x0), 1, generator=generator) < 0.5)
+        x = torch.lerp(x0, noise, _wide(torch.where(sigma > 0, sigma, slip)))
         out = self.velocity(model, x, told, context, torch.arange(frames))
         error = (out - (noise - x0)).square().mean((1, 3, 4))
         return (error * (sigma > 0)).sum() / (sigma > 0).sum().clamp(min=1)
@@ -110,7 +112,7 @@ class Objective:
         """Teacher forcing: clean blocks and noisy blocks in one sequence; a noisy block sees the clean ones before
         it."""
         clips, _, frames = x0.shape[:3]
-        slip = 0.08 * torch.rand(clips, 1, 1, 1, 1, generator=generator)  # clean history is never perfect when sampled
+        slip = SLIP * torch.rand(clips, 1, 1, 1, 1, generator=generator)
         history = x0 + slip * torch.randn(x0.shape, generator=generator)
         drawn = torch.randn(clips, frames // 4, generator=generator)
 
