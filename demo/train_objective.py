@@ -28,8 +28,8 @@ SLIP = 0.08  # most noise that clean history has without being told: a rollout's
 
 
 def noise_levels(generator: torch.Generator, clips: int, frames: int, block: int = 4) -> Tensor:
-    """Noise level of each latent frame ``[B, T]``: independent, shared or a staircase, two thirds of the clips with a
-    clean prefix."""
+    """Noise level of each latent frame ``[B, T]``: independent, shared or, most often, a staircase, as videos are
+    sampled; three quarters of the clips with a clean prefix."""
     independent = shifted(torch.sigmoid(torch.randn(clips, frames, generator=generator)), SHIFT)
     shared = shifted(torch.sigmoid(torch.randn(clips, 1, generator=generator)), SHIFT).expand(-1, frames)
     lag = torch.randint(1, 16, (clips, 1), generator=generator) / 50
@@ -38,12 +38,12 @@ def noise_levels(generator: torch.Generator, clips: int, frames: int, block: int
     start = torch.rand(clips, 1, generator=generator) * (1 + depth) - depth
     staircase = shifted((start + index * lag).clamp(0, 1), SHIFT)
     pick = torch.rand(clips, 1, generator=generator)
-    sigma = torch.where(pick < 0.3, independent, torch.where(pick < 0.55, shared, staircase))
+    sigma = torch.where(pick < 0.15, independent, torch.where(pick < 0.4, shared, staircase))
     prefix = torch.randint(1, max(2, frames // 2 + 1), (clips, 1), generator=generator)
     prefix = torch.where(
         torch.rand(clips, 1, generator=generator) < 0.6, torch.full_like(prefix, min(block, frames - 1)), prefix
     )
-    prefix = prefix * (torch.rand(clips, 1, generator=generator) < 0.67)
+    prefix = prefix * (torch.rand(clips, 1, generator=generator) < 0.75)
     return torch.where(torch.arange(frames)[None] < prefix, torch.zeros(()), sigma)
 
 
