@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from accel.schedule import shifted
 
 from .codec import TinyCodec
-from .data import render, simulate
+from .data import Scenes, render, simulate
 from .generate import SHIFT
 from .prompt import embed_scenes, pack
 from .train_forward import HalfForward
@@ -25,6 +26,21 @@ SUBSTEPS = 16  # of the teacher between noise and clip in consistency distillati
 FEW_STEP_SHIFT = 5.0  # noise-level shift of core's 4-step sampler
 TAUGHT_GUIDANCE = 2.0
 SLIP = 0.08  # most noise that clean history has without being told: a rollout's own history is never perfect
+FORGOTTEN = 0.06  # share of the clips whose history lacks a shape, which a rollout loses behind another at times
+
+
+def forget(scenes: Scenes, generator: torch.Generator, block: int = 4) -> tuple[Tensor, Scenes]:
+    """Clips ``[B]`` bool whose history forgets a shape, and these scenes without it up to the end of a block: a model
+    that learns to bring it back does not lose it for good when its own history has."""
+    clips, frames = scenes.centre.shape[:2]
+    chosen = torch.rand(clips, generator=generator) < FORGOTTEN
+    few = Scenes(**{field.name: getattr(scenes, field.name)[chosen] for field in fields(Scenes)})
+    count = int(chosen.sum())
+    shape = (torch.rand(count, generator=generator) * few.present.sum(1)).long()  # the present ones come first
+    until = block * torch.randint(1, frames // block + 1, (count,), generator=generator)
+    gone = (torch.arange(frames)[None] < until[:, None])[:, :, None] & (torch.arange(3) == shape[:, None])[:, None]
+    few.centre = torch.where(gone[..., None], torch.full((), -1e3), few.centre)
+    return chosen, few
 
 
 def noise_levels(generator: torch.Generator, clips: int, frames: int, block: int = 4) -> Tensor:
@@ -67,10 +83,18 @@ class Objective:
         self.kind, self.codec, self.count, self.device, self.teacher = kind, codec, clips, device, teacher
         self.half = half
 
-    def clips(self, seed: int, frames: int) -> tuple[Tensor, Tensor]:
-        """Latents and prompts of a batch, as many frames in all whatever a clip's length."""
+    def clips(self, seed: int, frames: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, their history as a rollout would have it, and prompts of a batch, as many frames in all whatever a
+        clip's length."""
         scenes = simulate(seed, max(1, self.count * 16 // frames), frames)
-        return self.codec.encode(render(scenes)), embed_scenes(scenes)
+        x0 = self.codec.encode(render(scenes))
+        chosen, few = forget(scenes, generator)
+        history = x0.clone()
+        if bool(chosen.any()):
+            history[chosen] = self.codec.encode(render(few))
+        slip = SLIP * torch.rand(len(x0), 1, 1, 1, 1, generator=generator)
+        slip = slip * (torch.rand(slip.shape, generator=generator) < 0.5)
+        return x0, torch.lerp(history, torch.randn(x0.shape, generator=generator), slip), embed_scenes(scenes)
 
     def velocity(
         self, model: nn.Module, x: Tensor, sigma: Tensor, context: Tensor, positions: Tensor, mask: Tensor | None = None
@@ -89,31 +113,34 @@ class Objective:
         generator = torch.Generator().manual_seed(seed + 1)
         lengths = LENGTHS[self.kind]
         frames = lengths[int(torch.randint(len(lengths), (1,), generator=generator))]
-        x0, context = self.clips(seed, frames)
+        x0, history, context = self.clips(seed, frames, generator)
         context = context * (torch.rand(len(context), 1, 1, generator=generator) >= 0.1)
         noise = torch.randn(x0.shape, generator=generator)
         if self.kind == "tiny-causal":
-            return self.causal(model, x0, noise, context, generator)
+            return self.causal(model, x0, history, noise, context, generator)
         if self.kind == "tiny-next-clip":
             told = shifted(torch.sigmoid(torch.randn(len(x0), 1, generator=generator)), SHIFT).expand(-1, frames)
-            history = 4 * (torch.rand(len(x0), 1, generator=generator) < 0.75)
-            sigma = torch.where(torch.arange(frames)[None] < history, torch.zeros(()), told)
+            prefix = 4 * (torch.rand(len(x0), 1, generator=generator) < 0.75)
+            sigma = torch.where(torch.arange(frames)[None] < prefix, torch.zeros(()), told)
         else:
             told = sigma = noise_levels(generator, len(x0), frames)
-        slip = SLIP * torch.rand(len(x0), 1, generator=generator) * (torch.rand(len(x0), 1, generator=generator) < 0.5)
-        x = torch.lerp(x0, noise, _wide(torch.where(sigma > 0, sigma, slip)))
+        x = torch.where(_wide(sigma) > 0, torch.lerp(x0, noise, _wide(sigma)), history)
         out = self.velocity(model, x, told, context, torch.arange(frames))
         error = (out - (noise - x0)).square().mean((1, 3, 4))
         return (error * (sigma > 0)).sum() / (sigma > 0).sum().clamp(min=1)
 
     def causal(
-        self, model: nn.Module, x0: Tensor, noise: Tensor, context: Tensor, generator: torch.Generator
+        self,
+        model: nn.Module,
+        x0: Tensor,
+        history: Tensor,
+        noise: Tensor,
+        context: Tensor,
+        generator: torch.Generator,
     ) -> Tensor:
         """Teacher forcing: clean blocks and noisy blocks in one sequence; a noisy block sees the clean ones before
         it."""
         clips, _, frames = x0.shape[:3]
-        slip = SLIP * torch.rand(clips, 1, 1, 1, 1, generator=generator)
-        history = x0 + slip * torch.randn(x0.shape, generator=generator)
         drawn = torch.randn(clips, frames // 4, generator=generator)
 
         def answer(network: nn.Module, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
