@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from accel.schedule import shifted
 
 from .codec import TinyCodec
-from .data import Scenes, render, simulate
+from .data import MAX_OBJECTS, Scenes, render, simulate
 from .generate import SHIFT
 from .prompt import embed_scenes, pack
 from .train_forward import HalfForward
@@ -38,8 +38,10 @@ def forget(scenes: Scenes, generator: torch.Generator, block: int = 4) -> tuple[
     count = int(chosen.sum())
     shape = (torch.rand(count, generator=generator) * few.present.sum(1)).long()  # the present ones come first
     until = block * torch.randint(1, frames // block + 1, (count,), generator=generator)
-    gone = (torch.arange(frames)[None] < until[:, None])[:, :, None] & (torch.arange(3) == shape[:, None])[:, None]
-    few.centre = torch.where(gone[..., None], torch.full((), -1e3), few.centre)
+    gone = (torch.arange(frames)[None] < until[:, None])[:, :, None] & (torch.arange(MAX_OBJECTS) == shape[:, None])[
+        :, None
+    ]
+    few.centre = torch.where(gone[..., None], -1e3, few.centre)
     return chosen, few
 
 
