@@ -38,9 +38,8 @@ def forget(scenes: Scenes, generator: torch.Generator, block: int = 4) -> tuple[
     count = int(chosen.sum())
     shape = (torch.rand(count, generator=generator) * few.present.sum(1)).long()  # the present ones come first
     until = block * torch.randint(1, frames // block + 1, (count,), generator=generator)
-    gone = (torch.arange(frames)[None] < until[:, None])[:, :, None] & (torch.arange(MAX_OBJECTS) == shape[:, None])[
-        :, None
-    ]
+    early = torch.arange(frames)[None, :, None] < until[:, None, None]
+    gone = early & (torch.arange(MAX_OBJECTS) == shape[:, None, None])
     few.centre = torch.where(gone[..., None], -1e3, few.centre)
     return chosen, few
 
