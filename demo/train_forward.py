@@ -9,6 +9,7 @@ backward pass of fused attention than on all matrices.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 from .model import Block, TinyWan, unpatch
 
 HALF = torch.bfloat16
+SHAPES = 32  # that one compiled stretch may meet: clip lengths, and how many keys a block of frames sees
 GELU = (2 * (2 / torch.pi) ** 0.5, 0.044715)  # gelu (tanh) = y sigmoid(a y (1 + b y^2))
 
 
@@ -48,6 +50,23 @@ def _prompted(q: Tensor, bias: Tensor, norm: Tensor, head: int) -> Tensor:
 def _softmax(scores: Tensor, bias: Tensor | None) -> Tensor:
     scores = scores.float()
     return (scores if bias is None else scores + bias).softmax(-1).to(HALF)
+
+
+def stretches(mask: Tensor) -> tuple[list[int], list[list[tuple[int, list[int]]]]]:
+    """What a mask ``[N, N]`` (True where a query token sees a key token) says, without its zeros.
+
+    Returns:
+        The lengths of the stretches of tokens that see, and are seen by, the same tokens; and these stretches, each
+        with those it sees, in groups of equal length that see equally many tokens.
+    """
+    change = (mask[1:] != mask[:-1]).any(1) | (mask[:, 1:] != mask[:, :-1]).any(0)
+    bounds = [0, *(change.nonzero().flatten() + 1).tolist(), len(mask)]
+    lengths = [end - start for start, end in pairwise(bounds)]
+    groups: dict[tuple[int, int], list[tuple[int, list[int]]]] = {}
+    for index, start in enumerate(bounds[:-1]):
+        seen = [other for other, first in enumerate(bounds[:-1]) if mask[start, first]]
+        groups.setdefault((lengths[index], sum(lengths[other] for other in seen)), []).append((index, seen))
+    return lengths, list(groups.values())
 
 
 def _gated(x: Tensor, y: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
@@ -82,6 +101,8 @@ class HalfForward:
     """
 
     def __init__(self, compiled: bool = True) -> None:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+
         def made(function: Callable) -> Callable:
             return torch.compile(function, dynamic=False) if compiled else function
 
@@ -121,11 +142,11 @@ class HalfForward:
         prompt = model.text_embedding(context)
         told = e0.flatten(0, 1)
         stream = tokens.unflatten(1, (frames, -1)).flatten(0, 1).contiguous()
-        hidden = None if mask is None else torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+        seen = None if mask is None else stretches(mask)
         turns = (rotations[None, :, None, :, 0], rotations[None, :, None, :, 1])
         for block in model.blocks:
             moves = (block.modulation + told).unsqueeze(2).unbind(1)
-            stream = self.attend(block, stream, moves, clips, turns, hidden)
+            stream = self.attend(block, stream, moves, clips, turns, seen)
             stream = self.attend_prompt(block, stream, clips, prompt, bias)
             y = self.modulated(stream, moves[3], moves[4])
             y = self.gelu(F.linear(y, block.ffn[0].weight.to(HALF), block.ffn[0].bias.to(HALF)))
@@ -139,9 +160,10 @@ class HalfForward:
         moves: tuple[Tensor, ...],
         clips: int,
         turns: tuple[Tensor, Tensor],
-        bias: Tensor | None,
+        seen: tuple[list[int], list] | None,
     ) -> Tensor:
-        """Self-attention of the frames ``[F, S, D]`` of ``clips`` clips."""
+        """Self-attention of the frames ``[F, S, D]`` of ``clips`` clips; ``seen``: which tokens see which, as
+        ``stretches`` has it, or None where all see all."""
         layer, dim = block.self_attn, stream.shape[-1]
         # the product of two turned vectors does not depend on the order of channels: pairs apart, halves together
         order = torch.arange(dim).view(layer.heads, -1, 2).transpose(1, 2).flatten()
@@ -150,7 +172,8 @@ class HalfForward:
         y = self.modulated(stream, moves[0], moves[1]).view(clips, -1, dim)
         norms = (layer.norm_q.weight[order], layer.norm_k.weight[order])
         q, k, v = self.turned(F.linear(y, weight.to(HALF)), offset, *norms, *turns)
-        answer = self.read(q, k, v, bias, layer.o.weight).view(stream.shape)
+        heard = self.read(q, k, v) if seen is None else self.read_stretches(q, k, v, *seen)
+        answer = F.linear(heard.transpose(1, 2).flatten(2), layer.o.weight.to(HALF)).view(stream.shape)
         return self.gated(stream, answer, layer.o.bias, moves[2])
 
     def attend_prompt(self, block: Block, stream: Tensor, clips: int, prompt: Tensor, bias: Tensor | None) -> Tensor:
@@ -161,10 +184,25 @@ class HalfForward:
         q = self.prompted(F.linear(y, layer.q.weight.to(HALF)), layer.q.bias, layer.norm_q.weight, head)
         k, v = layer.norm_k(layer.k(prompt)), layer.v(prompt)
         k, v = (part.unflatten(-1, (-1, head)).transpose(1, 2).to(HALF) for part in (k, v))
-        answer = self.read(q, k, v, bias, layer.o.weight).view(stream.shape)
+        heard = self.read(q, k, v, bias).transpose(1, 2).flatten(2)
+        answer = F.linear(heard, layer.o.weight.to(HALF)).view(stream.shape)
         return self.added(stream, answer, layer.o.bias)
 
-    def read(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
-        """What scaled queries ``[B, heads, N, d]`` read, through the output matrix: ``[B, N, D]``."""
-        seen = self.softmax(q @ k.mT, bias) @ v
-        return F.linear(seen.transpose(1, 2).flatten(2), weight.to(HALF))
+    def read(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What scaled queries ``[B, heads, N, d]`` read of all keys."""
+        return self.softmax(q @ k.mT, bias) @ v
+
+    def read_stretches(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], groups: list[list[tuple[int, list[int]]]]
+    ) -> Tensor:
+        """The same where each stretch of tokens sees some others only: nothing is computed that is not seen."""
+        parts = [part.split(lengths, 2) for part in (q, k, v)]
+        answers: dict[int, Tensor] = {}
+        for group in groups:
+            queries = torch.cat([parts[0][index] for index, _ in group])
+            keys, values = (
+                torch.cat([torch.cat([part[other] for other in seen], 2) for _, seen in group]) for part in parts[1:]
+            )
+            read = self.read(queries, keys, values).chunk(len(group))
+            answers.update(zip((index for index, _ in group), read, strict=True))
+        return torch.cat([answers[index] for index in range(len(lengths))], 2)

@@ -145,11 +145,11 @@ class Objective:
         drawn = torch.randn(clips, frames // 4, generator=generator)
 
         def answer(network: nn.Module, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
-            if frames == 4:
-                return self.velocity(network, x, sigma, context, torch.arange(4))
-            told = torch.cat((torch.zeros_like(sigma), sigma), 1)
-            positions, mask = torch.arange(frames).repeat(2), teacher_mask(frames, 16, 4)
-            return self.velocity(network, torch.cat((history, x), 2), told, context, positions, mask)[:, :, frames:]
+            clean = frames - 4
+            told = torch.cat((torch.zeros_like(sigma[:, :clean]), sigma), 1)
+            positions = torch.cat((torch.arange(clean), torch.arange(frames)))
+            both = torch.cat((history[:, :, :clean], x), 2)
+            return self.velocity(network, both, told, context, positions, teacher_mask(frames, 16, 4))[:, :, clean:]
 
         if self.teacher is not None:
             return self.consistency(model, x0, noise, context, torch.special.ndtr(drawn), answer)
@@ -179,8 +179,10 @@ def _wide(sigma: Tensor) -> Tensor:
 
 
 def teacher_mask(frames: int, tokens: int, block: int) -> Tensor:
-    """``[2N, 2N]`` bool for a clean copy followed by a noisy one."""
-    index = (torch.arange(frames * tokens) // (tokens * block)).repeat(2)
-    noisy = torch.arange(2 * frames * tokens) >= frames * tokens
+    """``[N, N]`` bool for a clean copy of all blocks but the last, which no other block sees, followed by a noisy copy
+    of all."""
+    clean = torch.arange((frames - block) * tokens) // (tokens * block)
+    index = torch.cat((clean, torch.arange(frames * tokens) // (tokens * block)))
+    noisy = torch.arange(len(index)) >= len(clean)
     earlier, same = index[None] < index[:, None], index[None] == index[:, None]
     return torch.where(noisy[:, None], (~noisy[None] & earlier) | (noisy[None] & same), ~noisy[None] & (earlier | same))

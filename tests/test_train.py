@@ -10,7 +10,7 @@ from demo.data import render, simulate
 from demo.model import TinyConfig, TinyWan
 from demo.prompt import embed_text, pack
 from demo.train import Together, newest
-from demo.train_forward import HalfForward
+from demo.train_forward import HalfForward, stretches
 from demo.train_muon import Muon, orthogonalise
 from demo.train_objective import Objective, forget, noise_levels, teacher_mask
 
@@ -67,11 +67,27 @@ def test_history_differs_from_the_clip_where_it_slipped_or_forgot():
 
 def test_teacher_forcing_shows_a_noisy_block_the_clean_blocks_before_it_and_itself():
     mask = teacher_mask(frames=4, tokens=1, block=2)
-    clean, noisy = mask[:4], mask[4:]
-    assert clean[:2].int().tolist() == [[1, 1, 0, 0, 0, 0, 0, 0]] * 2
-    assert clean[2:].int().tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]] * 2
-    assert noisy[:2].int().tolist() == [[0, 0, 0, 0, 1, 1, 0, 0]] * 2
-    assert noisy[2:].int().tolist() == [[1, 1, 0, 0, 0, 0, 1, 1]] * 2
+    clean, noisy = mask[:2], mask[2:]
+    assert clean.int().tolist() == [[1, 1, 0, 0, 0, 0]] * 2
+    assert noisy[:2].int().tolist() == [[0, 0, 1, 1, 0, 0]] * 2
+    assert noisy[2:].int().tolist() == [[1, 1, 0, 0, 1, 1]] * 2
+
+
+def test_stretches_say_what_the_mask_says():
+    free = torch.rand(5, 5, generator=torch.Generator().manual_seed(4)) < 0.5
+    free.fill_diagonal_(True)
+    for mask in (teacher_mask(8, 3, 2), free, torch.ones(3, 3, dtype=torch.bool)):
+        lengths, groups = stretches(mask)
+        starts = [sum(lengths[:index]) for index in range(len(lengths))]
+        said = torch.zeros_like(mask)
+        for group in groups:
+            assert len({(lengths[one], sum(lengths[other] for other in seen)) for one, seen in group}) == 1
+            for one, seen in group:
+                for other in seen:
+                    rows = slice(starts[one], starts[one] + lengths[one])
+                    said[rows, starts[other] : starts[other] + lengths[other]] = True
+        assert torch.equal(said, mask)
+    assert len(stretches(teacher_mask(8, 3, 2))[1]) == 4, "a clean block and the noisy one of its time go together"
 
 
 def test_every_regime_gives_a_finite_loss_that_repeats():
@@ -104,18 +120,18 @@ def test_forward_pass_in_bfloat16_gives_the_answer_and_gradients_of_the_model():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    x, sigma = torch.randn(2, 16, 8, 4, 4), torch.rand(2, 8)
+    x, sigma = torch.randn(2, 16, 10, 4, 4), torch.rand(2, 10)
     context, bias = pack(torch.cat([embed_text(text) for text in ("red disc, blue square, pan", "")]))
     wanted, half = torch.randn_like(x), HalfForward(compiled=False)
 
     def plain(x, sigma, context, positions, mask, bias):
         return model(x, sigma, context, positions, mask, bias=bias)
 
-    for mask in (None, teacher_mask(4, 4, 2)):
+    for mask in (None, teacher_mask(6, 4, 2)):
         results = []
         for forward in (plain, partial(half, model)):
             model.zero_grad()
-            answer = forward(x, sigma, context, torch.arange(8), mask, bias)
+            answer = forward(x, sigma, context, torch.arange(10), mask, bias)
             (answer - wanted).square().mean().backward()
             results.append([answer.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
         for own, reference in zip(*results[::-1], strict=True):
