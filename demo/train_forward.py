@@ -52,6 +52,11 @@ def _softmax(scores: Tensor, bias: Tensor | None) -> Tensor:
     return (scores if bias is None else scores + bias).softmax(-1).to(HALF)
 
 
+def _joined(read: Tensor, weight: Tensor) -> Tensor:
+    """What heads ``[B, heads, N, d]`` read, through the output matrix: ``[B, N, D]``."""
+    return F.linear(read.transpose(1, 2).flatten(2), weight.to(HALF))
+
+
 def stretches(mask: Tensor) -> tuple[list[int], list[list[tuple[int, list[int]]]]]:
     """What a mask ``[N, N]`` (True where a query token sees a key token) says, without its zeros.
 
@@ -173,7 +178,7 @@ class HalfForward:
         norms = (layer.norm_q.weight[order], layer.norm_k.weight[order])
         q, k, v = self.turned(F.linear(y, weight.to(HALF)), offset, *norms, *turns)
         heard = self.read(q, k, v) if seen is None else self.read_stretches(q, k, v, *seen)
-        answer = F.linear(heard.transpose(1, 2).flatten(2), layer.o.weight.to(HALF)).view(stream.shape)
+        answer = _joined(heard, layer.o.weight).view(stream.shape)
         return self.gated(stream, answer, layer.o.bias, moves[2])
 
     def attend_prompt(self, block: Block, stream: Tensor, clips: int, prompt: Tensor, bias: Tensor | None) -> Tensor:
@@ -184,8 +189,7 @@ class HalfForward:
         q = self.prompted(F.linear(y, layer.q.weight.to(HALF)), layer.q.bias, layer.norm_q.weight, head)
         k, v = layer.norm_k(layer.k(prompt)), layer.v(prompt)
         k, v = (part.unflatten(-1, (-1, head)).transpose(1, 2).to(HALF) for part in (k, v))
-        heard = self.read(q, k, v, bias).transpose(1, 2).flatten(2)
-        answer = F.linear(heard, layer.o.weight.to(HALF)).view(stream.shape)
+        answer = _joined(self.read(q, k, v, bias), layer.o.weight).view(stream.shape)
         return self.added(stream, answer, layer.o.bias)
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
