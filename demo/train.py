@@ -54,6 +54,14 @@ def newest(*kinds: str) -> Path | None:
     return next((file for file in files if file.exists()), None)
 
 
+def curve_until(start: Path | None, title: str) -> list[tuple[int, float]]:
+    """Loss curve of the weights that the training ``title`` starts from, where those are its own model's."""
+    if start is None or start.stem != title:
+        return []
+    path = (WEIGHTS if start.parent == MODELS else STATE) / f"{title}.loss.json"
+    return [tuple(point) for point in json.loads(path.read_text())["curve"]] if path.exists() else []
+
+
 def train(rank: int, options: argparse.Namespace, together: Together) -> None:
     """Runs or resumes one worker of a training; the first one writes the weights and the loss curve."""
     kind, steps = options.kind, options.steps
@@ -83,13 +91,14 @@ def train(rank: int, options: argparse.Namespace, together: Together) -> None:
     rates = (0.02 * options.rate, 2e-3 * options.rate)
     optimisers = [Muon(matrices, rates[0]), torch.optim.AdamW(rest, rates[1], (0.9, 0.98), weight_decay=0.01)]
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    curve: list[tuple[int, float]] = []
     title = f"{kind}-distilled" if options.distil else kind
+    curve = curve_until(start, title)
+    earlier = curve[-1][0] if curve else 0
     first, path = 0, STATE / f"{title}.pt"
     if path.exists():
         saved = torch.load(path, device)
         model.load_state_dict(saved["model"])
-        average, first, curve = saved["average"], saved["step"], saved["curve"]
+        average, first, curve, earlier = (saved[name] for name in ("average", "step", "curve", "earlier"))
         for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
             optimiser.load_state_dict(state)
     if half is None and not options.eager:
@@ -99,20 +108,22 @@ def train(rank: int, options: argparse.Namespace, together: Together) -> None:
 
     def save(step: int) -> None:
         state = [optimiser.state_dict() for optimiser in optimisers]
-        torch.save(
-            {"model": model.state_dict(), "average": average, "step": step, "curve": curve, "optimisers": state}, path
-        )
+        kept = {"average": average, "step": step, "curve": curve, "earlier": earlier, "optimisers": state}
+        torch.save({"model": model.state_dict()} | kept, path)
         averaged = TinyWan(config)
         averaged.load_state_dict(average)
         MODELS.mkdir(parents=True, exist_ok=True)
-        save_model(averaged, MODELS / f"{kind}.safetensors", notes={"steps": str(step), "seed": str(options.seed)})
-        (WEIGHTS / f"{title}.loss.json").write_text(json.dumps({"steps": steps, "seed": options.seed, "curve": curve}))
+        save_model(
+            averaged, MODELS / f"{kind}.safetensors", notes={"steps": str(earlier + step), "seed": str(options.seed)}
+        )
+        told = {"steps": earlier + steps, "seed": options.seed, "curve": curve}
+        (WEIGHTS / f"{title}.loss.json").write_text(json.dumps(told))
 
     for step in range(first, steps):
         factor = min((step + 1) / min(150, steps / 10), max(0.02, (steps - step) / steps * 1.1), 1.0)
         for optimiser, value in zip(optimisers, rates, strict=True):
             optimiser.param_groups[0]["lr"] = value * factor
-        loss = objective.loss(model, options.seed * 1_000_003 + (step * together.workers + rank) * 17)
+        loss = objective.loss(model, options.seed * 1_000_003 + ((earlier + step) * together.workers + rank) * 17)
         loss.backward()
         for optimiser in optimisers:
             optimiser.step()
@@ -124,7 +135,7 @@ def train(rank: int, options: argparse.Namespace, together: Together) -> None:
             average[name].lerp_(value, 1 - decay)
         running.append(loss.item())
         if rank == 0 and (step + 1) % 25 == 0:
-            curve.append((step + 1, round(sum(running) / len(running), 5)))
+            curve.append((earlier + step + 1, round(sum(running) / len(running), 5)))
             print(f"{title} {step + 1}/{steps} loss {curve[-1][1]:.4f} {time.time() - since:.0f}s", flush=True)
             running = []
         if rank == 0 and ((step + 1) % 250 == 0 or step + 1 == steps):

@@ -1,3 +1,4 @@
+import json
 import math
 import threading
 from functools import partial
@@ -9,7 +10,7 @@ from demo.codec import TinyCodec
 from demo.data import render, simulate
 from demo.model import TinyConfig, TinyWan
 from demo.prompt import embed_text, pack
-from demo.train import Together, newest
+from demo.train import Together, curve_until, newest
 from demo.train_forward import HalfForward, stretches
 from demo.train_muon import Muon, orthogonalise
 from demo.train_objective import Objective, forget, noise_levels, teacher_mask
@@ -147,6 +148,20 @@ def test_training_starts_from_what_was_trained_further_then_from_the_released(tm
         folder.mkdir(exist_ok=True)
         (folder / f"{kind}.safetensors").touch()
         assert newest("tiny-causal", "tiny-df") == folder / f"{kind}.safetensors"
+
+
+def test_a_loss_curve_goes_on_where_that_of_the_weights_ended(tmp_path, monkeypatch):
+    released, further = tmp_path / "weights" / "diffusion_models", tmp_path / "further"
+    for name, folder in (("WEIGHTS", released.parent), ("MODELS", released), ("STATE", further)):
+        monkeypatch.setattr(train, name, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    assert curve_until(None, "tiny-df") == curve_until(released / "tiny-df.safetensors", "tiny-df") == []
+    for folder, loss in ((released.parent, 0.3), (further, 0.2)):
+        (folder / "tiny-df.loss.json").write_text(json.dumps({"steps": 50, "curve": [[25, 1.0], [50, loss]]}))
+    assert curve_until(released / "tiny-df.safetensors", "tiny-df") == [(25, 1.0), (50, 0.3)]
+    assert curve_until(further / "tiny-df.safetensors", "tiny-df") == [(25, 1.0), (50, 0.2)]
+    assert curve_until(further / "tiny-df.safetensors", "tiny-causal") == []
+    assert curve_until(further / "tiny-causal.safetensors", "tiny-causal-distilled") == []
 
 
 def test_packed_prompt_gives_the_same_answer():
