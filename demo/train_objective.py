@@ -26,7 +26,7 @@ SUBSTEPS = 16  # of the teacher between noise and clip in consistency distillati
 FEW_STEP_SHIFT = 5.0  # noise-level shift of core's 4-step sampler
 TAUGHT_GUIDANCE = 2.0
 SLIP = 0.08  # most noise that clean history has without being told: a rollout's own history is never perfect
-FORGOTTEN = 0.03  # share of the clips whose history lacks a shape, which a rollout loses behind another at times
+FORGOTTEN = 0.06  # share of the clips whose history lacks a shape, which a rollout loses behind another at times
 
 
 def forget(scenes: Scenes, generator: torch.Generator, block: int = 4) -> tuple[Tensor, Scenes]:
