@@ -2,7 +2,8 @@
 
 Flow matching (target v = noise - x0) on clips drawn on the fly, then consistency distillation for the causal model
 (``--distil``). Muon moves the block matrices, AdamW the rest; warm-up, then linear decay; an exponential moving average
-is what gets written. Resumable: the state is saved every few minutes.
+is what gets written, after distillation its weighted mean with the teacher. Resumable: the state is saved every few
+minutes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .codec import WEIGHTS, TinyCodec
 from .data import render, simulate
@@ -62,6 +63,12 @@ def curve_until(start: Path | None, title: str) -> list[tuple[int, float]]:
     return [tuple(point) for point in json.loads(path.read_text())["curve"]] if path.exists() else []
 
 
+def between(teacher: dict[str, Tensor], distilled: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Weights on the straight line from a teacher (``share`` 0) to what was distilled from it (1): few steps are learnt
+    at the cost of many, and a mean of both does well at both (as Wortsman et al. 2022 found of fine-tuned models)."""
+    return {name: value.lerp(distilled[name], share) for name, value in teacher.items()}
+
+
 def train(rank: int, options: argparse.Namespace, together: Together) -> None:
     """Runs or resumes one worker of a training; the first one writes the weights and the loss curve."""
     kind, steps = options.kind, options.steps
@@ -98,6 +105,8 @@ def train(rank: int, options: argparse.Namespace, together: Together) -> None:
     if path.exists():
         saved = torch.load(path, device)
         model.load_state_dict(saved["model"])
+        if teacher is not None:
+            teacher.load_state_dict(saved["teacher"])
         average, first, curve, earlier = (saved[name] for name in ("average", "step", "curve", "earlier"))
         for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
             optimiser.load_state_dict(state)
@@ -109,13 +118,17 @@ def train(rank: int, options: argparse.Namespace, together: Together) -> None:
     def save(step: int) -> None:
         state = [optimiser.state_dict() for optimiser in optimisers]
         kept = {"average": average, "step": step, "curve": curve, "earlier": earlier, "optimisers": state}
+        notes = {"steps": str(earlier + step), "seed": str(options.seed)}
+        written = TinyWan(config)
+        if teacher is None:
+            written.load_state_dict(average)
+        else:
+            kept["teacher"] = teacher.state_dict()
+            written.load_state_dict(between(kept["teacher"], average, options.share))
+            notes["distilled"] = str(options.share)
         torch.save({"model": model.state_dict()} | kept, path)
-        averaged = TinyWan(config)
-        averaged.load_state_dict(average)
         MODELS.mkdir(parents=True, exist_ok=True)
-        save_model(
-            averaged, MODELS / f"{kind}.safetensors", notes={"steps": str(earlier + step), "seed": str(options.seed)}
-        )
+        save_model(written, MODELS / f"{kind}.safetensors", notes=notes)
         told = {"steps": earlier + steps, "seed": options.seed, "curve": curve}
         (WEIGHTS / f"{title}.loss.json").write_text(json.dumps(told))
 
@@ -164,10 +177,15 @@ def main() -> None:
         "--start", choices=("tiny-df", "tiny-next-clip", "tiny-causal"), help="model to start from, if not its own"
     )
     parser.add_argument("--distil", action="store_true", help="tiny-causal: learn to need few steps, from its weights")
+    parser.add_argument(
+        "--share", type=float, default=0.4, help="of the distilled weights in what is written, the rest the teacher's"
+    )
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
     arguments = parser.parse_args()
     if arguments.distil and arguments.kind != "tiny-causal":
         parser.error("--distil is for tiny-causal, whose sampler in ComfyUI takes four steps")
+    if not 0 <= arguments.share <= 1:
+        parser.error(f"--share is {arguments.share}; give a share from 0 (the teacher) to 1 (the distilled model)")
     if arguments.kind == "codec":
         fit_codec(arguments.seed)
     else:

@@ -1,3 +1,4 @@
+import argparse
 import json
 import math
 import threading
@@ -8,9 +9,9 @@ import torch
 from demo import train
 from demo.codec import TinyCodec
 from demo.data import render, simulate
-from demo.model import TinyConfig, TinyWan
+from demo.model import TinyConfig, TinyWan, load_model, save_model
 from demo.prompt import embed_text, pack
-from demo.train import Together, curve_until, newest
+from demo.train import Together, between, curve_until, newest
 from demo.train_forward import HalfForward, stretches
 from demo.train_muon import Muon, orthogonalise
 from demo.train_objective import Objective, forget, noise_levels, teacher_mask
@@ -113,6 +114,36 @@ def test_distillation_gives_a_finite_loss_and_a_perfect_student_has_none():
             network.head.head.weight.zero_()
             network.head.head.bias.fill_(0.25)  # a constant field: its flow lines are straight
         assert objective.loss(model, 5).item() < 1e-8
+
+
+def test_what_is_written_after_distillation_lies_between_teacher_and_student():
+    teacher, student = {"w": torch.zeros(3)}, {"w": torch.full((3,), 5.0)}
+    for share in (0.0, 0.4, 1.0):
+        assert torch.equal(between(teacher, student, share)["w"], torch.full((3,), 5.0 * share))
+
+
+def test_distillation_that_is_resumed_keeps_its_first_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "TinyConfig", lambda: TinyConfig(dim=48, ffn_dim=64, num_layers=1, num_heads=2))
+    for name, folder in (("WEIGHTS", tmp_path), ("MODELS", tmp_path / "models"), ("STATE", tmp_path / "state")):
+        monkeypatch.setattr(train, name, folder)
+    monkeypatch.setattr(train, "HalfForward", lambda compiled: None)
+    file = tmp_path / "models" / "tiny-causal.safetensors"
+    torch.manual_seed(0)
+    file.parent.mkdir()
+    save_model(TinyWan(TinyConfig(dim=48, ffn_dim=64, num_layers=1, num_heads=2, kind="tiny-causal")), file)
+    first = load_model(file).state_dict()
+    for steps in (1, 2):
+        options = argparse.Namespace(
+            kind="tiny-causal", steps=steps, seed=7, clips=1, rate=1.0, start=None, distil=True, share=0.4, eager=True
+        )
+        train.train(0, options, Together(1, 1))
+        state = torch.load(tmp_path / "state" / "tiny-causal-distilled.pt")
+        assert state["step"] == steps
+        assert all(torch.equal(value, first[name]) for name, value in state["teacher"].items())
+        written = load_model(file).state_dict()
+        wanted = between(state["teacher"], state["average"], 0.4)
+        assert all(torch.allclose(value, wanted[name], atol=1e-3) for name, value in written.items())
+        assert any(not torch.equal(value, first[name]) for name, value in written.items())
 
 
 def test_forward_pass_in_bfloat16_gives_the_answer_and_gradients_of_the_model():
