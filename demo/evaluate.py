@@ -1,4 +1,4 @@
-"""How good the tiny models are: ``python -m demo.evaluate [MODEL ...] [--clips N]`` writes
+"""How good the tiny models are: ``python -m demo.evaluate [MODEL ...]`` writes
 ``demo/weights/quality.json`` and the figures of the model card beside it.
 
 Two questions. Asked for shapes in a prompt, does the model show them, still in segment 8, each as one thing that moves
@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def long_clips(kind: str, context: Tensor, seeds: list[int], steps: int = 50, fe
     if kind == "tiny-causal":
         noise = start_noise(seeds, CAUSAL_FRAMES)
         bounds = [(start, start + 4) for start in range(0, CAUSAL_FRAMES, 4)]
-        options = {"renoise_seed": seeds[0], "shift": 5.0, "steps": 4} if few else {"steps": steps}
+        options = few_steps(seeds) if few else {"steps": steps}
         return sample_causal(model, context, noise, **options).latents, bounds
     plan = PLAN if kind == "tiny-df" else NEXT_CLIP_PLAN
     plan = replace(plan, frames=plan.segment + (SEGMENTS - 1) * (plan.segment - plan.overlap), steps=steps)
@@ -70,18 +71,46 @@ def long_clips(kind: str, context: Tensor, seeds: list[int], steps: int = 50, fe
     return sample(model, context, start_noise(seeds, plan.frames), plan=plan).latents, bounds
 
 
-def continuation(kind: str, scenes: Scenes, latents: Tensor, seeds: list[int]) -> Tensor:
+def few_steps(seeds: list[int]) -> dict[str, Any]:
+    """How the causal model is sampled in four steps, as ComfyUI's ``ar_video`` sampler does."""
+    return {"renoise_seed": seeds[0], "shift": 5.0, "steps": 4}
+
+
+def continuation(kind: str, scenes: Scenes, latents: Tensor, seeds: list[int], few: bool = False) -> Tensor:
     """Latents ``[B, 16, 16, 8, 8]``: the first four of real clips, and the model's continuation."""
     model, context, prefix = load(kind), embed_scenes(scenes), latents[:, :, :4]
     if kind == "tiny-causal":
-        return sample_causal(model, context, start_noise(seeds, 16), prefix=prefix).latents
+        options = few_steps(seeds) if few else {}
+        return sample_causal(model, context, start_noise(seeds, 16), prefix=prefix, **options).latents
     plan = replace(PLAN if kind == "tiny-df" else NEXT_CLIP_PLAN, frames=16)
     noise = start_noise(seeds, 16)
     return sample(model, context, noise, plan=plan, prefix=prefix).latents
 
 
-def evaluate(kind: str, clips: int, seed: int = 900) -> dict:
-    """All figures of one model; also writes its contact sheets."""
+def continued(kind: str, clips: int, seed: int, few: bool = False) -> dict:
+    """How near to the simulation a model continues the first four frames of real clips, all shapes and frames that can
+    be seen pooled: centre error in pixels, mean and median, beside that of shapes that stay where they are."""
+    codec, scenes = TinyCodec.load(), simulate(seed, clips, 16, cuts=0.0)
+    latents = codec.encode(render(scenes))
+    made = codec.decode(continuation(kind, scenes, latents, list(range(seed, seed + clips)), few))
+    truth = codec.decode(latents)
+    tracks, visible = track(read(load_judge(), made), scenes.colour)[:, 4:], clear(scenes)[:, 4:]
+    error = (tracks - scenes.centre[:, 4:]).norm(dim=-1)
+    still = (scenes.centre[:, 3:4] - scenes.centre[:, 4:]).norm(dim=-1)
+    counted = visible & ~error.isnan()
+    return {
+        "continued_clips": clips,
+        "continuation_psnr": psnr(truth[:, :, 4:], made[:, :, 4:]),
+        "centroid_error": float(error[counted].mean()),
+        "centroid_error_median": float(error[counted].median()),
+        "centroid_error_if_nothing_moves": float(still[counted].mean()),
+        "centroid_error_if_nothing_moves_median": float(still[counted].median()),
+        "lost": 1 - float(counted.sum() / visible.sum()),
+    }
+
+
+def evaluate(kind: str, clips: int, more: int, seed: int = 900) -> dict:
+    """All figures of one model, of ``clips`` prompted videos and ``more`` continuations; writes its contact sheets."""
     codec, judge = TinyCodec.load(), load_judge()
     seeds = list(range(seed, seed + clips))
     scenes = simulate(seed, clips, 16, cuts=0.0)
@@ -98,15 +127,7 @@ def evaluate(kind: str, clips: int, seed: int = 900) -> dict:
         figures[name + "motion"] = motion(track(reading, scenes.colour))
         figures[name + "one_thing"] = compactness(reading)
         contact_sheet(video[:6], WEIGHTS / f"{kind}{'-4-steps' if few else ''}.png", columns=17)
-    made = codec.decode(continuation(kind, scenes, codec.encode(render(scenes)), seeds))
-    tracks, visible = track(read(judge, made), scenes.colour)[:, 4:], clear(scenes)[:, 4:]
-    error = (tracks - scenes.centre[:, 4:]).norm(dim=-1)
-    still = (scenes.centre[:, 3:4] - scenes.centre[:, 4:]).norm(dim=-1)
-    counted = visible & ~error.isnan()
-    figures["continuation_psnr"] = psnr(truth[:, :, 4:], made[:, :, 4:])
-    figures["centroid_error"] = float(error[counted].mean())
-    figures["centroid_error_if_nothing_moves"] = float(still[counted].mean())
-    figures["lost"] = 1 - float(counted.sum() / visible.sum())
+        figures |= {name + key: value for key, value in continued(kind, more, seed, few).items()}
     return figures
 
 
@@ -123,8 +144,12 @@ def figures_table(known: dict[str, dict]) -> str:
         first, *_, last = shares = [round(100 * share) for share in figures[name]]
         return f"{first} %, {last} % (mean {sum(shares) / len(shares):.0f} %)"
 
-    def centre(figures: dict) -> str:
-        return f"{figures['centroid_error']:.1f} px ({figures['centroid_error_if_nothing_moves']:.1f} if nothing moves)"
+    def centre(figures: dict, name: str = "", few: str = "") -> str:
+        if few + "centroid_error" not in figures:
+            return ""
+        error = figures[few + "centroid_error" + name]
+        still = figures[few + "centroid_error_if_nothing_moves" + name]
+        return f"{error:.2f} px of {still:.2f} if nothing moves, {100 * error / still:.0f} %"
 
     rows = [
         line("", lambda one: f"`{one['model']}`, {one['clips']} clips"),
@@ -132,8 +157,11 @@ def figures_table(known: dict[str, dict]) -> str:
         line("prompted shapes shown with the right kind, segments 1 and 8", accuracy),
         line("the same with four steps", lambda one: accuracy(one, "4_steps_attribute_accuracy")),
         line("of real clips", lambda one: f"{100 * one['real_accuracy']:.0f} %"),
-        line("continuing a real clip: centre error against the simulation", centre),
-        line("continuing a real clip: PSNR", lambda one: f"{one['continuation_psnr']:.1f} dB"),
+        line("clips continued", lambda one: f"{one['continued_clips']}"),
+        line("their centre error against the simulation, mean", centre),
+        line("the same, median", lambda one: centre(one, "_median")),
+        line("the mean with four steps", lambda one: centre(one, few="4_steps_")),
+        line("their PSNR", lambda one: f"{one['continuation_psnr']:.1f} dB"),
         line("motion, pixels a frame (real clips)", lambda one: f"{one['motion']:.2f} ({one['real_motion']:.2f})"),
         line("shapes that are one thing", lambda one: f"{100 * one['one_thing']:.0f} %"),
     ]
@@ -151,11 +179,12 @@ def renew_card(known: dict[str, dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=["tiny-df", "tiny-next-clip", "tiny-causal"])
-    parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--clips", type=int, default=16, help="prompted videos of eight segments")
+    parser.add_argument("--continued", type=int, default=48, help="real clips to continue")
     arguments = parser.parse_args()
     path = WEIGHTS / "quality.json"
     for kind in arguments.models:
-        figures = evaluate(kind, arguments.clips)
+        figures = evaluate(kind, arguments.clips, arguments.continued)
         print(json.dumps(figures, indent=1))
         known = json.loads(path.read_text()) if path.exists() else {}
         known[kind] = figures
