@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from accel.presets import TABLE
+from demo.generate import lasting
 
 from .measure import QUICK, WHOLE, Bench, one_thread
 from .methods import METHODS
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(PLANS), default=list(PLANS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--clips", type=int, help=f"seeds, each with a prompt of its own ({WHOLE.clips})")
+    parser.add_argument("--segments", type=int, help="another number of them than the plans have (6); with --output")
     parser.add_argument("--quick", action="store_true", help="a short plan, to see that everything works")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--output", type=Path, help="where the tables go; stored rows are always shared")
@@ -43,9 +45,13 @@ def main() -> None:
         return
     if arguments.clips is not None and arguments.clips < 1:
         parser.error(f"--clips is {arguments.clips}; measure 1 clip or more")
+    if arguments.segments is not None and (arguments.segments < 1 or arguments.output is None):
+        parser.error(f"--segments is {arguments.segments}; give 1 or more, and --output, since the plans have others")
     one_thread()
     extent = QUICK if arguments.quick else WHOLE
     extent = replace(extent, clips=arguments.clips or extent.clips)
+    if arguments.segments is not None:
+        extent = replace(extent, plans={kind: lasting(plan, arguments.segments) for kind, plan in extent.plans.items()})
     chosen = set(arguments.models) < set(PLANS) or set(arguments.methods) < set(METHODS)
     folder = arguments.output or RESULTS / ("quick" if arguments.quick else "selected" if chosen else "")
     store.unpack(packed)

@@ -20,7 +20,7 @@ from accel.metrics import psnr
 
 from .codec import WEIGHTS, TinyCodec
 from .data import Scenes, render, simulate
-from .generate import CAUSAL_FRAMES, NEXT_CLIP_PLAN, PLAN, load, sample, sample_causal, start_noise
+from .generate import CAUSAL_FRAMES, NEXT_CLIP_PLAN, PLAN, lasting, load, sample, sample_causal, start_noise
 from .judge import LEAST_PIXELS, Reading, clear, load_judge, read, track
 from .pictures import contact_sheet
 from .prompt import embed_scenes
@@ -66,7 +66,7 @@ def long_clips(kind: str, context: Tensor, seeds: list[int], steps: int = 50, fe
         options = few_steps(seeds) if few else {"steps": steps}
         return sample_causal(model, context, noise, **options).latents, bounds
     plan = PLAN if kind == "tiny-df" else NEXT_CLIP_PLAN
-    plan = replace(plan, frames=plan.segment + (SEGMENTS - 1) * (plan.segment - plan.overlap), steps=steps)
+    plan = replace(lasting(plan, SEGMENTS), steps=steps)
     bounds = [(start + prefix, end) for start, end, prefix in plan.intervals()]
     return sample(model, context, start_noise(seeds, plan.frames), plan=plan).latents, bounds
 

@@ -35,6 +35,11 @@ class Result:
     seconds: float
 
 
+def lasting(plan: SegmentPlan, segments: int) -> SegmentPlan:
+    """The plan with as many latent frames as this number of segments has."""
+    return replace(plan, frames=plan.segment + (segments - 1) * (plan.segment - plan.overlap))
+
+
 def load(kind: str) -> TinyWan:
     """One of the embedded models: ``tiny-df``, ``tiny-next-clip`` or ``tiny-causal``."""
     path = MODELS / f"{kind}.safetensors"
