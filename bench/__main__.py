@@ -4,8 +4,8 @@ Writes ``quality.json`` (``{"rows": [...]}``, one row a model, method, budget an
 bootstrap intervals over clips) and ``pareto-<model>.svg`` into ``bench/results``, and puts the presets' means into
 ``accel/presets.json``. What is finished is stored in ``bench/results/rows`` and found again, so a run that was stopped
 goes on, and several may share the work; ``--pack`` puts it into ``rows.json.xz``, from where another machine takes it
-up. Only the whole table goes into ``bench/results``: with ``--quick`` it goes into ``quick``, with ``--models`` or
-``--methods`` into ``selected``.
+up, and ``--stored`` makes the tables of what there is. Only the whole table goes into ``bench/results``: with
+``--quick`` it goes into ``quick``, with ``--models`` or ``--methods`` into ``selected``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a short plan, to see that everything works")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--output", type=Path, help="where the tables go; stored rows are always shared")
+    parser.add_argument("--stored", action="store_true", help="measure nothing; the tables of what is stored")
     parser.add_argument("--pack", action="store_true", help="measure nothing; pack what is stored")
     arguments = parser.parse_args()
     store, packed = Store(RESULTS / "rows"), RESULTS / "rows.json.xz"
@@ -55,7 +56,9 @@ def main() -> None:
     chosen = set(arguments.models) < set(PLANS) or set(arguments.methods) < set(METHODS)
     folder = arguments.output or RESULTS / ("quick" if arguments.quick else "selected" if chosen else "")
     store.unpack(packed)
-    bench = Bench(extent, arguments.models, arguments.methods, store.folder, arguments.jobs)
+    bench = Bench(extent, arguments.models, arguments.methods, store.folder, arguments.jobs, arguments.stored)
+    if not arguments.stored:
+        print(bench.estimate(), flush=True)
     rows, missing = bench.run(lambda line: print(line, flush=True))
     print(write(folder, rows, missing, extent))
     if folder == RESULTS:

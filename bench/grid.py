@@ -36,10 +36,17 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Measures one scene into a folder; every method returns what is stored where that is so."""
+    """Measures one scene into a folder; every method returns what is stored where that is so, and only that where the
+    grid is ``closed``."""
 
     scene: Scene
     folder: Path
+    closed: bool = False
+
+    @property
+    def store(self) -> Store:
+        """The folder's measurements."""
+        return Store(self.folder, self.closed)
 
     def path(self, what: str, method: str, **parts: Any) -> Path:
         """File of a measurement, hashed with plan, weights, codec and judge, and the method's whole configuration."""
@@ -50,11 +57,11 @@ class Grid:
                 for key, value in METHODS[method].build(parts["setting"], self.scene).items()
                 if not callable(value)
             }
-        return Store(self.folder).path(f"{self.scene.kind}-{what}-{method}", told | parts)
+        return self.store.path(f"{self.scene.kind}-{what}-{method}", told | parts)
 
     def full(self, seed: int) -> dict[str, Any]:
         """Row of the run that computes every call; its latents are stored beside it."""
-        store, path = Store(self.folder), self.path("row", FULL, seed=seed)
+        store, path = self.store, self.path("row", FULL, seed=seed)
 
         def make() -> dict[str, Any]:
             run = self.scene.run(seed)
@@ -66,7 +73,7 @@ class Grid:
     def reference(self, seed: int) -> Reference:
         """The full run of a clip."""
         figures = self.full(seed)
-        latents = Store(self.folder).latents(self.path("row", FULL, seed=seed), lambda: self.scene.run(seed).latents)
+        latents = self.store.latents(self.path("row", FULL, seed=seed), lambda: self.scene.run(seed).latents)
         return Reference(latents, figures["flops"], figures["seconds"])
 
     def settings(self, name: str, budgets: tuple[float | None, ...]) -> list[Any]:
@@ -78,7 +85,7 @@ class Grid:
             if method.rehearsed:
                 return probe(method, self.scene, setting)
             path = self.path("probe", name, setting=setting)
-            return Store(self.folder).get(path, lambda: probe(method, self.scene, setting))
+            return self.store.get(path, lambda: probe(method, self.scene, setting))
 
         return [turn(method, budget, ratio) if method.has_budget else None for budget in budgets]
 
@@ -93,7 +100,7 @@ class Grid:
             run = self.scene.run(task.seed, **method.build(task.setting, self.scene))
             return row(self.scene, method.name, method.ours, task.budget, task.seed, self.reference(task.seed), run)
 
-        return Store(self.folder).get(self.row_path(task), make)
+        return self.store.get(self.row_path(task), make)
 
     def time_path(self, task: Task, pairs: int) -> Path:
         return self.path("time", task.method, setting=task.setting, seed=task.seed, pairs=pairs)
@@ -116,4 +123,4 @@ class Grid:
             times, realised = zip(*ratios, strict=True)
             return {"time_ratio": median(times), "realised": median(realised)}
 
-        return Store(self.folder).get(self.time_path(task, pairs), make)
+        return self.store.get(self.time_path(task, pairs), make)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from .grid import Grid, Task
 from .methods import METHODS, Method
 from .rehearsal import rehearse
 from .scenes import PLANS, QUICK_PLANS, Scene
+from .store import NotMeasured
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,12 @@ def one_thread() -> None:
 
 
 def _call(job: tuple[Grid, str, tuple]) -> Any:
+    """What the grid has; None where it is closed and this was not measured."""
     grid, name, arguments = job
-    return getattr(grid, name)(*arguments)
+    try:
+        return getattr(grid, name)(*arguments)
+    except NotMeasured:
+        return None
 
 
 def _each(jobs: list[tuple[Grid, str, tuple]], workers: int) -> Iterable[Any]:
@@ -71,12 +77,15 @@ class Bench:
     """The measurements of the chosen models and methods.
 
     Args:
-        rows: folder of what is finished. workers: processes, one thread each.
+        rows: folder of what is finished. workers: processes, one thread each. closed: measure nothing; ``run`` leaves
+            out what is not finished.
     """
 
-    def __init__(self, extent: Extent, models: list[str], methods: list[str], rows: Path, workers: int) -> None:
+    def __init__(
+        self, extent: Extent, models: list[str], methods: list[str], rows: Path, workers: int, closed: bool = False
+    ) -> None:
         self.extent, self.workers = extent, workers
-        self.grids = {kind: Grid(Scene(kind, extent.plans[kind]), rows) for kind in models}
+        self.grids = {kind: Grid(Scene(kind, extent.plans[kind]), rows, closed) for kind in models}
         self.methods = [METHODS[name] for name in methods]
         self.seeds = list(range(1, extent.clips + 1))
 
@@ -105,15 +114,20 @@ class Bench:
 
     def run(self, say: Callable[[str], Any] = print) -> tuple[list[dict[str, Any]], dict[str, dict[str, list[float]]]]:
         """All rows, and by model which budgets each method does not reach."""
-        say(self.estimate())
         rows, missing = [], {}
         for kind, grid in self.grids.items():
-            full = _each([(grid, "full", (seed,)) for seed in self.seeds], self.workers)
+            full = list(_each([(grid, "full", (seed,)) for seed in self.seeds], self.workers))
+            if None in full:
+                say(f"{kind} not measured")
+                continue
             rows += [figures | {"time_ratio": 1.0} for figures in full]
             wanted = self.wanted(kind)
             found = _each([(grid, "settings", (method.name, budgets)) for method, budgets in wanted], self.workers)
             reached, missing[kind] = [], {}
             for (method, budgets), settings in zip(wanted, found, strict=True):
+                if settings is None:
+                    say(f"{kind} {method.name} not measured")
+                    continue
                 for budget, setting in zip(budgets, settings, strict=True):
                     if setting is None and method.has_budget:
                         missing[kind].setdefault(method.name, []).append(budget)
@@ -126,9 +140,11 @@ class Bench:
         timing = [(grid, "time", (Task(*entry, self.seeds[0]), self.extent.pairs)) for entry in reached]
         tasks = [Task(*entry, seed) for entry in reached for seed in self.seeds]
         times = dict(zip(reached, _each(timing, self.workers), strict=True))
-        rows = []
-        for task, figures in zip(tasks, _each([(grid, "row", (task,)) for task in tasks], self.workers), strict=True):
-            rows.append(figures | times[task.method, task.budget, task.setting])
-            if task.seed == self.seeds[-1]:
-                say(f"{kind} {task.method}{'' if task.budget is None else f' {task.budget:g}x'} done")
+        results, rows = _each([(grid, "row", (task,)) for task in tasks], self.workers), []
+        for method, budget, setting in reached:
+            figures, time = list(islice(results, len(self.seeds))), times[method, budget, setting]
+            known = time is not None and None not in figures
+            rows += [one | time for one in figures] if known else []
+            level = "" if budget is None else f" {budget:g}x"
+            say(f"{kind} {method}{level} {'done' if known else 'not measured'}")
         return rows

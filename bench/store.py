@@ -30,11 +30,19 @@ def told(value: Any) -> Any:
     return {"class": type(value).__name__} | {name: own for name, own in pairs if own is not None}
 
 
-class Store:
-    """A folder of finished measurements. A file is written whole or not at all, so several processes may share it."""
+class NotMeasured(LookupError):
+    """A measurement that is not stored, where none may be made."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+
+class Store:
+    """A folder of finished measurements. A file is written whole or not at all, so several processes may share it.
+
+    Args:
+        closed: nothing is measured any more; ``get`` of what is not stored raises NotMeasured.
+    """
+
+    def __init__(self, folder: Path, closed: bool = False) -> None:
+        self.folder, self.closed = folder, closed
 
     def path(self, name: str, parts: dict[str, Any]) -> Path:
         """File of a measurement: ``name`` for people, and a hash of ``parts`` and ``ROWS_VERSION``."""
@@ -44,6 +52,8 @@ class Store:
     def get(self, path: Path, make: Callable[[], Any]) -> Any:
         """What is stored, or what ``make`` returns, stored."""
         if not path.exists():
+            if self.closed:
+                raise NotMeasured(path.name)
             self.write(path, make())
         return json.loads(path.read_text(encoding="utf-8"))
 

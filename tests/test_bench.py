@@ -26,6 +26,7 @@ from bench.scenes import Scene
 from bench.store import Store
 from bench.table import groups, interval, unreached
 from bench.versus import OURS, against, quotient, read, versus
+from demo.generate import lasting
 from demo.model import TinyConfig, TinyWan, save_model
 
 DESIGN = {
@@ -104,6 +105,22 @@ def test_finished_rows_are_not_measured_again(tmp_path, monkeypatch):
     first = bench(tmp_path, *FEW).run(lambda line: None)
     monkeypatch.setattr(Scene, "run", lambda *_, **__: pytest.fail("measured again"))
     assert bench(tmp_path, *FEW).run(lambda line: None) == first
+
+
+def test_a_closed_bench_shows_what_is_stored_and_measures_nothing(tmp_path, monkeypatch):
+    first = bench(tmp_path, *FEW).run(lambda line: None)
+    monkeypatch.setattr(Scene, "run", lambda *_, **__: pytest.fail("measured"))
+    said: list[str] = []
+    names, models = (*FEW, "fast", "TeaCache"), ["tiny-df", "tiny-causal"]
+    assert Bench(SMALL, models, list(names), tmp_path, 1, closed=True).run(said.append) == first
+    assert [line for line in said if not line.endswith("done")] == [
+        "tiny-df TeaCache not measured", "tiny-df fast not measured", "tiny-causal not measured",
+    ]  # fmt: skip
+
+
+def test_a_plan_lasts_as_many_segments_as_it_is_asked_to():
+    for plan in (*scenes.PLANS.values(), PLANS["tiny-df"]):
+        assert len(lasting(plan, 4).intervals()) == 4 and lasting(plan, 1).frames == plan.segment
 
 
 def test_a_row_is_keyed_by_all_it_depends_on(tmp_path, monkeypatch):
