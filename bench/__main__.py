@@ -5,7 +5,8 @@ bootstrap intervals over clips) and ``pareto-<model>.svg`` into ``bench/results`
 ``accel/presets.json``. What is finished is stored in ``bench/results/rows`` and found again, so a run that was stopped
 goes on, and several may share the work; ``--pack`` puts it into ``rows.json.xz``, from where another machine takes it
 up, and ``--stored`` makes the tables of what there is. Only the whole table goes into ``bench/results``: with
-``--quick`` it goes into ``quick``, with ``--models`` or ``--methods`` into ``selected``.
+``--quick`` it goes into ``quick``, with ``--segments 4`` into ``segments-4``, with ``--models`` or ``--methods`` into
+``selected``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(PLANS), default=list(PLANS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--clips", type=int, help=f"seeds, each with a prompt of its own ({WHOLE.clips})")
-    parser.add_argument("--segments", type=int, help="another number of them than the plans have (6); with --output")
+    parser.add_argument("--segments", type=int, help="another number of them than the plans have (6)")
     parser.add_argument("--quick", action="store_true", help="a short plan, to see that everything works")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--output", type=Path, help="where the tables go; stored rows are always shared")
@@ -46,15 +47,16 @@ def main() -> None:
         return
     if arguments.clips is not None and arguments.clips < 1:
         parser.error(f"--clips is {arguments.clips}; measure 1 clip or more")
-    if arguments.segments is not None and (arguments.segments < 1 or arguments.output is None):
-        parser.error(f"--segments is {arguments.segments}; give 1 or more, and --output, since the plans have others")
+    if arguments.segments is not None and arguments.segments < 1:
+        parser.error(f"--segments is {arguments.segments}; give 1 or more")
     one_thread()
     extent = QUICK if arguments.quick else WHOLE
     extent = replace(extent, clips=arguments.clips or extent.clips)
     if arguments.segments is not None:
         extent = replace(extent, plans={kind: lasting(plan, arguments.segments) for kind, plan in extent.plans.items()})
     chosen = set(arguments.models) < set(PLANS) or set(arguments.methods) < set(METHODS)
-    folder = arguments.output or RESULTS / ("quick" if arguments.quick else "selected" if chosen else "")
+    lasts = f"segments-{arguments.segments}" if arguments.segments else ""
+    folder = arguments.output or RESULTS / ("quick" if arguments.quick else lasts or ("selected" if chosen else ""))
     store.unpack(packed)
     bench = Bench(extent, arguments.models, arguments.methods, store.folder, arguments.jobs, arguments.stored)
     if not arguments.stored:

@@ -231,6 +231,11 @@ def test_the_command_fills_the_presets_and_only_from_a_whole_table(tmp_path, mon
     entry = json.loads(table.read_text())["models"]["tiny-df"]
     assert entry["schedule"] == presets.schedule("tiny-df", PLANS["tiny-df"])
     assert entry["presets"]["balanced"]["measured"]["seeds"] == 1
+    filled = table.read_text()
+    monkeypatch.setattr(sys, "argv", ["bench", "--models", "tiny-df", "--segments", "1", "--stored"])
+    command.main()
+    assert capsys.readouterr().out.startswith("tiny-df not measured"), "one segment is another measurement"
+    assert (tmp_path / "results" / "segments-1" / "quality.json").exists() and table.read_text() == filled
 
 
 def test_the_estimate_grows_with_clips(tmp_path):
