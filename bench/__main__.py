@@ -65,7 +65,8 @@ def main() -> None:
     print(write(folder, rows, missing, extent))
     if folder == RESULTS:
         table = json.loads(TABLE.read_text(encoding="utf-8"))
-        fill(table, rows, extent.plans, "make bench")
+        whole = extent.clips == WHOLE.clips
+        fill(table, rows, extent.plans, "make bench" if whole else f"python -m bench --clips {extent.clips}")
         TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 

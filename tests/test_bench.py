@@ -230,8 +230,15 @@ def test_the_command_fills_the_presets_and_only_from_a_whole_table(tmp_path, mon
     assert capsys.readouterr().out.startswith("about ")
     entry = json.loads(table.read_text())["models"]["tiny-df"]
     assert entry["schedule"] == presets.schedule("tiny-df", PLANS["tiny-df"])
-    assert entry["presets"]["balanced"]["measured"]["seeds"] == 1
+    measured = entry["presets"]["balanced"]["measured"]
+    assert measured["seeds"] == 1 and measured["command"] == "make bench"
+    monkeypatch.setattr(command, "WHOLE", replace(SMALL, clips=2))
+    monkeypatch.setattr(sys, "argv", ["bench", "--clips", "1", "--stored"])
+    command.main()
     filled = table.read_text()
+    measured = json.loads(filled)["models"]["tiny-df"]["presets"]["balanced"]["measured"]
+    assert measured["command"] == "python -m bench --clips 1", "fewer clips than make bench takes"
+    capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["bench", "--models", "tiny-df", "--segments", "1", "--stored"])
     command.main()
     assert capsys.readouterr().out.startswith("tiny-df not measured"), "one segment is another measurement"
