@@ -5,19 +5,32 @@
 ``comfy``, ``nodes`` and the packs are loaded as ComfyUI's ``main.py`` does it (``--cpu``), then SCRIPT runs as
 ``__main__``. The script may ask for the pack's package with ``from run_in_comfy import pack_module``; ``accel`` is then
 ``importlib.import_module(".accel", pack_module().__name__)``, the very modules the nodes use.
+
+    python run_in_comfy.py --warm
+
+imports what ComfyUI imports of other packages, which takes most of its start, and forks a process for each request that
+it reads (``inprocess.WarmHost``). ComfyUI itself is imported by each process anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
+import json
 import os
 import runpy
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
 HOST_ARGS = ("--cpu", "--use-pytorch-cross-attention", "--disable-api-nodes")
+PACKAGES = (  # that ComfyUI imports itself before it loads a node
+    "torch", "torch._dynamo", "torchvision", "torchaudio", "torchsde", "transformers.models.clip.tokenization_clip",
+    "transformers.models.qwen2.tokenization_qwen2", "comfy_kitchen", "scipy.stats", "einops", "requests", "aiohttp.web",
+    "av", "sqlalchemy.orm", "alembic.config", "pydantic",
+)  # fmt: skip
 _pack: list[ModuleType] = []
 
 
@@ -81,7 +94,39 @@ async def load_extra_nodes(names: list[str]) -> list[str]:
     return [n for n in names if not await nodes.load_custom_node(str(folder / n), module_parent="comfy_extras")]
 
 
+def serve() -> None:
+    """Forks a process for every request, a line of JSON; returns in the forked ones, which go on as if they had been
+    started so. The one that serves ends with its input."""
+    for name in PACKAGES:
+        with suppress(ImportError):
+            importlib.import_module(name)
+    print(json.dumps({"imported": sorted(sys.modules)}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            return become(request)
+        print(json.dumps({"pid": child}), flush=True)
+        print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}), flush=True)
+    sys.exit()
+
+
+def become(request: dict) -> None:
+    """Takes the arguments, environment, folder and output files that a request asks for."""
+    sys.argv = [sys.argv[0], *request["argv"]]
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.pycache_prefix, sys.dont_write_bytecode = request["bytecode"], False
+    os.chdir(request["folder"])
+    for stream, path in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, stream)
+        os.close(file)
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--warm"]:
+        serve()
     options = parse(sys.argv[1:])
     script = options.script.absolute()
     sys.modules["run_in_comfy"] = sys.modules[__name__]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.host.inprocess import ScriptError, run_in_process
+from tests.host.comfy import comfy_python
+from tests.host.inprocess import ScriptError, run_in_process, warm_host
 
 PACK = """
 from comfy_api.latest import ComfyExtension, io
@@ -42,8 +45,12 @@ print("not the answer")
 print(json.dumps({
     "argv": sys.argv[1:], "cpu": args.cpu, "files": os.listdir("."), "word": inner.WORD,
     "echo": nodes.NODE_CLASS_MAPPINGS["Echo"].execute("a")[0], "ar": "SamplerARVideo" in nodes.NODE_CLASS_MAPPINGS,
-    "first": os.path.exists(os.path.join(sys.path[0], "main.py")),
+    "first": os.path.exists(os.path.join(sys.path[0], "main.py")), "modules": sorted(sys.modules),
 }))
+"""
+KILLED = """
+import os, signal
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -62,12 +69,13 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("core_nodes", ["all", ["nodes_ar_video.py"]])
+@pytest.mark.parametrize(("core_nodes", "warm"), [("all", True), (["nodes_ar_video.py"], False)])
 def test_a_script_sees_the_host_and_the_pack(
-    comfy_root: Path, tmp_path: Path, pack: Path, core_nodes: str | list[str]
+    comfy_root: Path, tmp_path: Path, pack: Path, core_nodes: str | list[str], warm: bool
 ) -> None:
     script = write(tmp_path, SCRIPT)
-    answer = run_in_process(script, "--seed", "3", root=comfy_root, pack=pack, core_nodes=core_nodes)
+    answer = run_in_process(script, "--seed", "3", root=comfy_root, pack=pack, core_nodes=core_nodes, warm=warm)
+    modules = answer.pop("modules")
     assert answer == {
         "argv": ["--seed", "3"],
         "cpu": True,
@@ -77,6 +85,24 @@ def test_a_script_sees_the_host_and_the_pack(
         "ar": True,
         "first": True,
     }
+    if not warm:
+        check_a_warm_host(comfy_root, tmp_path, modules)
+
+
+def check_a_warm_host(comfy_root: Path, tmp_path: Path, modules: list[str]) -> None:
+    """It has nothing imported that ComfyUI, which imported ``modules``, does not import by itself, and nothing of
+    ComfyUI; a process that is killed or takes too long leaves it as it was."""
+    host = warm_host(comfy_python(comfy_root))
+    arguments = ["--root", str(comfy_root), "--base", str(tmp_path / "base"), "--nodes", "none"]
+    folder = tmp_path / "work"
+    folder.mkdir()
+    assert "torch" in host.imported and set(host.imported) <= set(modules)
+    assert not [name for name in host.imported if name.split(".")[0] in ("comfy", "comfy_api", "nodes", "server")]
+    assert host.run([*arguments, str(write(tmp_path, KILLED))], folder, 60.0).returncode == -signal.SIGKILL
+    with pytest.raises(subprocess.TimeoutExpired):
+        host.run([*arguments, str(write(tmp_path, "import time\ntime.sleep(60)"))], folder, 0.5)
+    done = host.run([*arguments, str(write(tmp_path, "print(6 * 7)"))], folder, 60.0)
+    assert (done.returncode, done.stdout) == (0, "42\n"), done.stderr
 
 
 def test_a_pack_that_core_cannot_load_is_an_error_with_the_reason(comfy_root: Path, tmp_path: Path, pack: Path) -> None:
