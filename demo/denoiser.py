@@ -11,6 +11,7 @@ from torch import Tensor
 from accel.attention.ann import AnnConfig
 from accel.call import Call, Kind
 from accel.flops import WanShape
+from accel.history_guidance import history_noise, without_history
 from accel.kv.budget import KVBudgetConfig, StoreShape
 from accel.kv.frozen import FrozenKV, FrozenView
 from accel.kv.memory import KVMemory, make_memory
@@ -34,6 +35,7 @@ class TinyDenoiser:
             call); 0 sees the whole window.
         budget: how much K/V a causal model keeps; None keeps all. ann: how much of it a query reads; None all. calls:
             forwards of a block, see ``make_memory``.
+        history_guidance: the unconditional branch does not see the history either (``accel.history_guidance``).
 
     Attributes:
         shape: the transformer's shape, from which FLOPs are counted.
@@ -42,12 +44,17 @@ class TinyDenoiser:
     def __init__(
         self, model: TinyWan, context: Tensor | Mapping[int, Tensor], guidance: float = 2.0, rollout: int = 0,
         chunk: int = 0, budget: KVBudgetConfig | None = None, ann: AnnConfig | None = None, calls: int = 1,
+        history_guidance: bool = False,
     ) -> None:  # fmt: skip
         config = model.config
         self.model, self.guidance = model, guidance
         self.branches = 1 if guidance == 1.0 else 2
         self.shares_time = config.kind == "tiny-next-clip"
         self.recomputes_history = not config.causal_ar
+        if history_guidance and (config.causal_ar or self.branches == 1):
+            why = "a causal model's K/V store holds it for both branches" if config.causal_ar else "guidance is 1"
+            raise ValueError(f"Tiny AR model: history guidance has no branch without history, since {why}.")
+        self._history_guidance = history_guidance
         prompts = {0: context} if isinstance(context, Tensor) else context
         self._prompts = {
             segment: one if self.branches == 1 else torch.cat((one, torch.zeros_like(one)))
@@ -83,8 +90,9 @@ class TinyDenoiser:
         elif self.model.config.causal_ar:
             store = self._open(call.offset + x.shape[2])
             positions = positions + store.begin(call.offset, last - first)
-        told = self._told(call, x)[:, asked]
-        return self._twice(x[:, :, asked]), self._twice(told), self.context(call), positions, store
+        pair = self._branches_of(call, x, self._told(call, x))
+        latents, told = (torch.cat(branches) if self.branches == 2 else branches[0] for branches in pair)
+        return latents[:, :, asked], told[:, asked], self.context(call), positions, store
 
     def context(self, call: Call) -> Tensor:
         """The prompt of a call's segment, ``[branches * B, 64, 64]``."""
@@ -187,8 +195,12 @@ class TinyDenoiser:
         mask = block_causal_mask(call.frames[1], tokens, self._chunk)
         return mask[first * tokens : last * tokens, call.frames[0] * tokens :]
 
-    def _twice(self, x: Tensor) -> Tensor:
-        return x if self.branches == 1 else torch.cat((x, x))
+    def _branches_of(self, call: Call, x: Tensor, told: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Window ``[B, C, T, H, W]`` and noise levels ``[B, T]`` as each of the two branches is given them."""
+        if not self._history_guidance:
+            return (x, x), (told, told)
+        other, other_told = without_history(call, x, told, self.shares_time, history_noise(call, x.shape, x.device))
+        return (x, other), (told, other_told)
 
     def _open(self, frames: int) -> KVStore | KVMemory:
         """The store, made at first; ``frames`` of room where nobody said how long the video is."""

@@ -66,14 +66,16 @@ def sample(
     solver: str = "euler",
     prefix: Tensor | None = None,
     make_run: MakeRun | None = None,
+    history_guidance: bool = False,
 ) -> Result:
     """Diffusion forcing, or next-clip continuation for a model trained for it.
 
     Args:
         context: prompts ``[B, 64, 64]``, or several by the segment each begins at. noise: ``[B, 16, frames, H, W]``.
         make_run: makes the engine of this run; None for one of ``acceleration``.
+        history_guidance: see ``TinyDenoiser``.
     """
-    denoiser = TinyDenoiser(model, context, guidance).sized(noise)
+    denoiser = TinyDenoiser(model, context, guidance, history_guidance=history_guidance).sized(noise)
     timeline = Timeline(row_unit="chunk", frames_per_row=plan.block, title=f"{model.config.kind}, {plan.steps} steps")
     timeline.rows, timeline.columns = -(-plan.frames // plan.block), plan.calls()
     run = make_run(denoiser, timeline) if make_run else Run(acceleration or Acceleration(), denoiser, timeline)

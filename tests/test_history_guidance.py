@@ -1,0 +1,95 @@
+"""History guidance: the branch that is subtracted sees noise where the history is, and nothing else differs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from accel.call import Call, Kind
+from accel.engine import Acceleration
+from accel.history_guidance import history_noise, without_history
+from accel.kv.frozen import FrozenConfig
+from accel.sampling import SegmentPlan
+from demo.codec import TinyCodec
+from demo.data import render, simulate
+from demo.denoiser import TinyDenoiser
+from demo.generate import load, sample, start_noise
+from demo.model import TinyConfig, TinyWan
+from demo.prompt import embed_scenes, embed_text
+
+TEXT = embed_text("red disc, blue square")
+X = torch.randn(2, 16, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+def tiny(kind: str = "tiny-df") -> TinyWan:
+    torch.manual_seed(0)
+    model = TinyWan(TinyConfig(num_layers=2, kind=kind, causal_ar=kind == "tiny-causal")).eval()
+    torch.nn.init.normal_(model.head.head.weight, std=0.02)
+    return model
+
+
+def call(offset: int = 8, first: int = 0, history: int = 2) -> Call:
+    sigmas = (0.0,) * history + (0.7, 0.9, 1.0, 1.0)[: 4 - history]
+    steps = (11,) * history + (3, 2, 1, 1)[: 4 - history]
+    active = tuple(step <= 10 for step in steps)
+    return Call(Kind.DENOISE, 1, 0, (first, first + 4), sigmas, steps, active, offset, total_steps=10)
+
+
+@pytest.mark.parametrize("kind", ["tiny-df", "tiny-next-clip"])
+def test_guidance_draws_away_from_the_model_without_history(kind: str) -> None:
+    model, told = tiny(kind), torch.tensor([[0.0, 0.0, 0.7, 0.9]]).expand(2, -1)
+    text = TEXT.expand(2, -1, -1)
+    noise, hidden, level = history_noise(call(), X.shape, X.device), X.clone(), told.clone()
+    if kind == "tiny-df":
+        hidden[:, :, :2], level[:, :2] = noise[:, :, :2], 1.0
+    else:
+        told = level = torch.full_like(told, 0.9)
+        hidden[:, :, :2] = 0.1 * X[:, :, :2] + 0.9 * noise[:, :, :2]
+    with torch.inference_mode():
+        seeing, blind = model(X, told, text), model(hidden, level, torch.zeros_like(text))
+        made = TinyDenoiser(model, text, 3.0, history_guidance=True).sized(X).velocity(call(), X)
+    torch.testing.assert_close(made, blind + 3 * (seeing - blind), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(made, TinyDenoiser(model, text, 3.0).sized(X).velocity(call(), X), atol=1e-3)
+
+
+def test_without_history_in_the_window_it_changes_nothing() -> None:
+    told = torch.tensor([[0.7, 0.9, 1.0, 1.0]]).expand(2, -1)
+    x, level = without_history(call(history=0), X, told, False, history_noise(call(), X.shape, X.device))
+    assert torch.equal(x, X) and torch.equal(level, told)
+
+
+def test_a_latent_frame_has_the_same_noise_wherever_the_window_lies() -> None:
+    one = history_noise(call(offset=8, first=0), X.shape, X.device)
+    two = history_noise(call(offset=6, first=1), X.shape, X.device)
+    assert torch.equal(one[:, :, :3], two[:, :, 1:]) and not torch.equal(one, two)
+    assert one.std() == pytest.approx(1, abs=0.1)
+
+
+def test_keys_and_values_that_are_kept_of_the_history_are_of_each_branch_own() -> None:
+    """Renewed before every call, kept K/V change nothing; the history's are noise in one branch."""
+    plan, noise = SegmentPlan(12, 8, 4, 4, 0, 4), start_noise(3, 12, 4)
+    kept = Acceleration(frozen_window=FrozenConfig(1e-9))
+    plain, renewed = (sample(tiny(), TEXT, noise, given, plan, history_guidance=True).latents for given in (None, kept))
+    torch.testing.assert_close(plain, renewed, rtol=1e-4, atol=1e-5)
+
+
+def test_a_trained_model_keeps_closer_to_the_motion_of_its_history() -> None:
+    """Its continuations of real clips come closer to what the simulation does, from the same start noise."""
+    scenes = simulate(31, 8, 16, cuts=0.0)
+    latents = TinyCodec.load().encode(render(scenes))
+    plan, noise = SegmentPlan(16, 16, 4, 4, 0, 8), start_noise(list(range(8)), 16)
+    error = []
+    for history_guidance in (False, True):
+        made = sample(
+            load("tiny-df"), embed_scenes(scenes), noise, None, plan, prefix=latents[:, :, :4],
+            history_guidance=history_guidance,
+        ).latents  # fmt: skip
+        error.append(float((made - latents)[:, :, 4:].square().mean()))
+    print(error)
+    assert error[1] < 0.9 * error[0], error
+
+
+@pytest.mark.parametrize(("kind", "guidance", "why"), [("tiny-causal", 2.0, "K/V store"), ("tiny-df", 1.0, "is 1")])
+def test_without_a_branch_that_could_go_without_history_it_is_refused(kind: str, guidance: float, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        TinyDenoiser(tiny(kind), TEXT, guidance, history_guidance=True)
