@@ -26,6 +26,9 @@ from .pictures import contact_sheet
 from .prompt import embed_scenes
 
 SEGMENTS = 8
+WAYS = {  # besides the usual one, in which a model is asked to continue clips; begins the names of its figures
+    "tiny-df": "history_guidance_", "tiny-next-clip": "history_guidance_", "tiny-causal": "4_steps_",
+}  # fmt: skip
 START, END = "<!-- figures -->", "<!-- end of figures -->"
 COMPACT = 1.3  # spread over that of a disc of equal area above which a shape counts as torn
 
@@ -76,23 +79,24 @@ def few_steps(seeds: list[int]) -> dict[str, Any]:
     return {"renoise_seed": seeds[0], "shift": 5.0, "steps": 4}
 
 
-def continuation(kind: str, scenes: Scenes, latents: Tensor, seeds: list[int], few: bool = False) -> Tensor:
-    """Latents ``[B, 16, 16, 8, 8]``: the first four of real clips, and the model's continuation."""
+def continuation(kind: str, scenes: Scenes, latents: Tensor, seeds: list[int], way: str = "") -> Tensor:
+    """Latents ``[B, 16, 16, 8, 8]``: the first four of real clips, and the model's continuation; ``way`` is one of
+    ``WAYS``."""
     model, context, prefix = load(kind), embed_scenes(scenes), latents[:, :, :4]
     if kind == "tiny-causal":
-        options = few_steps(seeds) if few else {}
+        options = few_steps(seeds) if way else {}
         return sample_causal(model, context, start_noise(seeds, 16), prefix=prefix, **options).latents
     plan = replace(PLAN if kind == "tiny-df" else NEXT_CLIP_PLAN, frames=16)
     noise = start_noise(seeds, 16)
-    return sample(model, context, noise, plan=plan, prefix=prefix).latents
+    return sample(model, context, noise, plan=plan, prefix=prefix, history_guidance=bool(way)).latents
 
 
-def continued(kind: str, clips: int, seed: int, few: bool = False) -> dict:
+def continued(kind: str, clips: int, seed: int, way: str = "") -> dict:
     """How near to the simulation a model continues the first four frames of real clips, all shapes and frames that can
     be seen pooled: centre error in pixels, mean and median, beside that of shapes that stay where they are."""
     codec, scenes = TinyCodec.load(), simulate(seed, clips, 16, cuts=0.0)
     latents = codec.encode(render(scenes))
-    made = codec.decode(continuation(kind, scenes, latents, list(range(seed, seed + clips)), few))
+    made = codec.decode(continuation(kind, scenes, latents, list(range(seed, seed + clips)), way))
     truth = codec.decode(latents)
     tracks, visible = track(read(load_judge(), made), scenes.colour)[:, 4:], clear(scenes)[:, 4:]
     error = (tracks - scenes.centre[:, 4:]).norm(dim=-1)
@@ -111,6 +115,16 @@ def continued(kind: str, clips: int, seed: int, few: bool = False) -> dict:
 
 def evaluate(kind: str, clips: int, more: int, seed: int = 900) -> dict:
     """All figures of one model, of ``clips`` prompted videos and ``more`` continuations; writes its contact sheets."""
+    return prompted(kind, clips, seed) | continuations(kind, more, seed)
+
+
+def continuations(kind: str, clips: int, seed: int = 900) -> dict:
+    """Figures of the continued clips, in both ways."""
+    return {way + key: value for way in ("", WAYS[kind]) for key, value in continued(kind, clips, seed, way).items()}
+
+
+def prompted(kind: str, clips: int, seed: int = 900) -> dict:
+    """Figures of the prompted videos; writes their contact sheets."""
     codec, judge = TinyCodec.load(), load_judge()
     seeds = list(range(seed, seed + clips))
     scenes = simulate(seed, clips, 16, cuts=0.0)
@@ -122,12 +136,11 @@ def evaluate(kind: str, clips: int, more: int, seed: int = 900) -> dict:
         latents, bounds = long_clips(kind, embed_scenes(scenes), seeds, few=few)
         video = codec.decode(latents)
         reading = read(judge, video)
-        name = "4_steps_" if few else ""
+        name = WAYS[kind] if few else ""
         figures[name + "attribute_accuracy"] = segment_accuracy(reading, scenes, bounds)
         figures[name + "motion"] = motion(track(reading, scenes.colour))
         figures[name + "one_thing"] = compactness(reading)
         contact_sheet(video[:6], WEIGHTS / f"{kind}{'-4-steps' if few else ''}.png", columns=17)
-        figures |= {name + key: value for key, value in continued(kind, more, seed, few).items()}
     return figures
 
 
@@ -144,12 +157,16 @@ def figures_table(known: dict[str, dict]) -> str:
         first, *_, last = shares = [round(100 * share) for share in figures[name]]
         return f"{first} %, {last} % (mean {sum(shares) / len(shares):.0f} %)"
 
-    def centre(figures: dict, name: str = "", few: str = "") -> str:
-        if few + "centroid_error" not in figures:
+    def centre(figures: dict, name: str = "", way: str = "") -> str:
+        if way + "centroid_error" not in figures:
             return ""
-        error = figures[few + "centroid_error" + name]
-        still = figures[few + "centroid_error_if_nothing_moves" + name]
+        error = figures[way + "centroid_error" + name]
+        still = figures[way + "centroid_error_if_nothing_moves" + name]
         return f"{error:.2f} px of {still:.2f} if nothing moves, {100 * error / still:.0f} %"
+
+    def guided(figures: dict) -> str:
+        value = figures.get("history_guidance_continuation_psnr")
+        return "" if value is None else f"{value:.1f} dB"
 
     rows = [
         line("", lambda one: f"`{one['model']}`, {one['clips']} clips"),
@@ -160,8 +177,10 @@ def figures_table(known: dict[str, dict]) -> str:
         line("clips continued", lambda one: f"{one['continued_clips']}"),
         line("their centre error against the simulation, mean", centre),
         line("the same, median", lambda one: centre(one, "_median")),
-        line("the mean with four steps", lambda one: centre(one, few="4_steps_")),
+        line("the mean with four steps", lambda one: centre(one, way="4_steps_")),
+        line("the mean with history guidance", lambda one: centre(one, way="history_guidance_")),
         line("their PSNR", lambda one: f"{one['continuation_psnr']:.1f} dB"),
+        line("their PSNR with history guidance", guided),
         line("motion, pixels a frame (real clips)", lambda one: f"{one['motion']:.2f} ({one['real_motion']:.2f})"),
         line("shapes that are one thing", lambda one: f"{100 * one['one_thing']:.0f} %"),
     ]
@@ -181,13 +200,19 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=["tiny-df", "tiny-next-clip", "tiny-causal"])
     parser.add_argument("--clips", type=int, default=16, help="prompted videos of eight segments")
     parser.add_argument("--continued", type=int, default=48, help="real clips to continue")
+    parser.add_argument(
+        "--only-continued", action="store_true", help="leave the figures of prompted videos as they are"
+    )
     arguments = parser.parse_args()
     path = WEIGHTS / "quality.json"
     for kind in arguments.models:
-        figures = evaluate(kind, arguments.clips, arguments.continued)
+        if arguments.only_continued:
+            figures = continuations(kind, arguments.continued)
+        else:
+            figures = evaluate(kind, arguments.clips, arguments.continued)
         print(json.dumps(figures, indent=1))
         known = json.loads(path.read_text()) if path.exists() else {}
-        known[kind] = figures
+        known[kind] = known.get(kind, {}) | figures if arguments.only_continued else figures
         path.write_text(json.dumps(known, indent=1) + "\n")
         renew_card(known)
 
