@@ -30,6 +30,25 @@ def history_noise(call: Call, shape: torch.Size, device: torch.device) -> Tensor
     return torch.stack(frames, 1)[None].to(device)
 
 
+class HiddenHistory:
+    """``without_history`` for one run, which draws the noise of a window once.
+
+    Args:
+        shares_time: whether the model is told one level for the whole window.
+    """
+
+    def __init__(self, shares_time: bool) -> None:
+        self.shares_time = shares_time
+        self._window: tuple | None = None
+
+    def __call__(self, call: Call, x: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents ``[B, C, T, H, W]`` and noise levels ``[B, T]`` as the branch without history is given them."""
+        window = (call.frames, call.offset, x.shape, x.device)
+        if window != self._window:
+            self._window, self._noise = window, history_noise(call, x.shape, x.device)
+        return without_history(call, x, told, self.shares_time, self._noise)
+
+
 def without_history(call: Call, x: Tensor, told: Tensor, shares_time: bool, noise: Tensor) -> tuple[Tensor, Tensor]:
     """What the branch without history is given.
 

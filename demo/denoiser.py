@@ -11,7 +11,7 @@ from torch import Tensor
 from accel.attention.ann import AnnConfig
 from accel.call import Call, Kind
 from accel.flops import WanShape
-from accel.history_guidance import history_noise, without_history
+from accel.history_guidance import HiddenHistory
 from accel.kv.budget import KVBudgetConfig, StoreShape
 from accel.kv.frozen import FrozenKV, FrozenView
 from accel.kv.memory import KVMemory, make_memory
@@ -54,7 +54,7 @@ class TinyDenoiser:
         if history_guidance and (config.causal_ar or self.branches == 1):
             why = "a causal model's K/V store holds it for both branches" if config.causal_ar else "guidance is 1"
             raise ValueError(f"Tiny AR model: history guidance has no branch without history, since {why}.")
-        self._history_guidance = history_guidance
+        self._hidden = HiddenHistory(self.shares_time) if history_guidance else None
         prompts = {0: context} if isinstance(context, Tensor) else context
         self._prompts = {
             segment: one if self.branches == 1 else torch.cat((one, torch.zeros_like(one)))
@@ -197,9 +197,9 @@ class TinyDenoiser:
 
     def _branches_of(self, call: Call, x: Tensor, told: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Window ``[B, C, T, H, W]`` and noise levels ``[B, T]`` as each of the two branches is given them."""
-        if not self._history_guidance:
+        if self._hidden is None:
             return (x, x), (told, told)
-        other, other_told = without_history(call, x, told, self.shares_time, history_noise(call, x.shape, x.device))
+        other, other_told = self._hidden(call, x, told)
         return (x, other), (told, other_told)
 
     def _open(self, frames: int) -> KVStore | KVMemory:

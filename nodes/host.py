@@ -224,7 +224,9 @@ class SegmentSampler(comfy.samplers.Sampler):
             else:
                 denoiser = CausalHostDenoiser(model_wrap, extra_args, start)
         else:
-            denoiser = HostDenoiser(model_wrap, extra_args, start, shares_time=self.job.mode == CLIP)
+            denoiser = HostDenoiser(
+                model_wrap, extra_args, start, self.job.mode == CLIP, history_guidance=self.job.history_guidance
+            )
         run = Run(self.acceleration, denoiser, self.timeline)
         pieces = [] if prefix is None else [prefix]
         finished = self._resume(run, model_wrap, start, prefix)

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.ldm.common_dit
 import comfy.model_management
+import comfy.patcher_extension
 import torch
 from comfy.ldm.wan.model import repeat_e, sinusoidal_embedding_1d
 from torch import Tensor
 
 from ..accel.call import Call, Kind
 from ..accel.flops import WanShape
+from ..accel.history_guidance import HiddenHistory
 from ..accel.kv.frozen import frozen_bytes
 from ..accel.readback import on_device
 from .host_attention import ATTENTION, KeptAttention
 from .prompts import at_segment
 
+FORWARD = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+UNCONDITIONAL = 1  # what core's list of the branches in a batch calls the negative one
 KEEP_SHARE = 0.8  # of the free memory that kept K/V may take
 
 
@@ -68,11 +72,15 @@ class HostDenoiser:
     Args:
         guider: core's guider while it samples. extra_args: model options and seed, as core hands them to samplers.
         x: latents ``[B, C, T, H, W]`` of the whole video, for sizes. shares_time: one noise level for the whole window.
+        history_guidance: the negative branch does not see the history (``accel.history_guidance``).
     """
 
     recomputes_history = True
 
-    def __init__(self, guider: Any, extra_args: dict[str, Any], x: Tensor, shares_time: bool = False) -> None:
+    def __init__(
+        self, guider: Any, extra_args: dict[str, Any], x: Tensor, shares_time: bool = False,
+        history_guidance: bool = False,
+    ) -> None:  # fmt: skip
         self.guider, self.extra_args, self.shares_time = guider, extra_args, shares_time
         self._prompts, self._segment = guider.conds, -1
         self.model = guider.inner_model
@@ -84,6 +92,12 @@ class HostDenoiser:
         self.shape = _shape(self.network, self._context(1).shape[1])
         self.tokens = self.shape.tokens_per_frame(x.shape[3], x.shape[4])
         self._kept: KeptAttention | None = None
+        self._hidden = HiddenHistory(shares_time) if history_guidance else None
+        if history_guidance and self._shows_parts():
+            raise ValueError(
+                "AR Segment Sampler: history_guidance cannot serve conditioning that covers a part of the picture "
+                "only; remove the conditioning area, or turn history_guidance off."
+            )
 
     def show_prompt(self, segment: int) -> None:
         """Gives the guider the prompts of a segment; see ``prompts.at_segment``."""
@@ -103,8 +117,9 @@ class HostDenoiser:
         sampling, levels = self.model.model_sampling, self._levels(call, x)
         first, last = call.queries or call.frames
         asked = slice(first - call.frames[0], last - call.frames[0])
+        before = {key: self.transformer_options.get(key) for key in ("rope_options", ATTENTION, "wrappers")}
+        hidden = None if self._hidden is None else self._blind(call, x, levels, asked)
         x, levels = x[:, :, asked], levels if self.shares_time else levels[asked]
-        before = {key: self.transformer_options.get(key) for key in ("rope_options", ATTENTION)}
         try:
             sampling.levels = levels
             if first:
@@ -112,6 +127,10 @@ class HostDenoiser:
                 self.transformer_options["rope_options"] = rope | {"shift_t": rope.get("shift_t", 0.0) + first}
             if call.queries is not None:
                 self.transformer_options[ATTENTION] = self._kept.attention(call, before[ATTENTION])
+            if hidden is not None:
+                others = before["wrappers"] or {}
+                forward = others.get(FORWARD, {}) | {"arva_history_guidance": [hidden]}
+                self.transformer_options["wrappers"] = others | {FORWARD: forward}
             denoised = self.guider(x, levels.max().expand(self.batch), **self.extra_args)
         finally:
             sampling.levels = None
@@ -121,6 +140,29 @@ class HostDenoiser:
                 else:
                     self.transformer_options[key] = value
         return velocity_of(x, denoised, levels)
+
+    def _blind(self, call: Call, x: Tensor, levels: Tensor, asked: slice) -> Callable:
+        """Wrapper of the model's forward that shows the negative branch, wherever it is in the batch, the ``asked``
+        frames of a window without its history."""
+        told = levels.expand(len(x), x.shape[2])
+        latents, told = (value[..., asked, :, :] if value.ndim == 5 else value[:, asked]
+                         for value in self._hidden(call, x, told))  # fmt: skip
+        times = self.model.model_sampling.timestep(told)
+
+        def wrapper(
+            executor: Callable, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None = None,
+            time_dim_concat: Tensor | None = None, transformer_options: Mapping[str, Any] | None = None, **others: Any,
+        ) -> Tensor:  # fmt: skip
+            branches = transformer_options["cond_or_uncond"]
+            x, timestep = x.clone(), timestep.clone()
+            for index, branch in enumerate(branches):
+                if branch == UNCONDITIONAL:
+                    entries = slice(index * len(latents), (index + 1) * len(latents))
+                    x[entries, : latents.shape[1]] = latents.to(x)
+                    timestep[entries] = times[:, : timestep.shape[1]].to(timestep)
+            return executor(x, timestep, context, clip_fea, time_dim_concat, transformer_options, **others)
+
+        return wrapper
 
     def keep(self, frames: int) -> str | None:
         self._check_areas()
@@ -141,11 +183,15 @@ class HostDenoiser:
         return 0 if self._kept is None else self._kept.nbytes
 
     def _check_areas(self) -> None:
-        if any(cond.get("area") is not None for conds in self.guider.conds.values() for cond in conds):
+        if self._shows_parts():
             raise ValueError(
                 "Active Frame Window: kept K/V cannot serve conditioning that covers a part of the picture only; "
                 "remove the conditioning area, or this node, Shared Prefix Cache and Chunk Cache."
             )
+
+    def _shows_parts(self) -> bool:
+        """Whether some conditioning covers a part of the picture only."""
+        return any(cond.get("area") is not None for conds in self.guider.conds.values() for cond in conds)
 
     def feature(self, kind: str, call: Call, x: Tensor) -> Tensor:
         """Of the conditional branch, through the model's own embedders and first block."""

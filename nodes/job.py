@@ -39,6 +39,7 @@ class Job:
         plan: how the video is cut; for causal blocks one segment, of which only frames and steps count.
         block: latent frames denoised together.
         table: steps + 1 noise levels, float64 on the host.
+        history_guidance: whether the negative branch goes without the history.
     """
 
     mode: str
@@ -49,6 +50,7 @@ class Job:
     cfg: float
     seed: int
     history_noise: float
+    history_guidance: bool = False
 
     def calls(self, given: int = 0) -> int:
         """Guided model calls, commits included, after ``given`` clean latent frames at the start (causal blocks)."""
@@ -94,6 +96,7 @@ class Job:
         cut = {} if self.mode == CAUSAL else {key: getattr(self.plan, key) for key in ("segment", "overlap", "ar_step")}
         schedule = {"mode": self.mode, "latent frames": self.plan.frames, "block": self.block, **cut}
         schedule |= {"steps": self.plan.steps, "solver": self.solver, "cfg": self.cfg, "seed": self.seed}
+        schedule |= {"history guidance": "on"} if self.history_guidance else {}
         schedule["sigmas"] = [round(level, 4) for level in self.table.tolist()]
         settings = told_settings(acceleration)
         if acceleration.suffix_window:
@@ -113,6 +116,7 @@ def told_settings(acceleration: Acceleration) -> dict[str, object]:
 def make_job(
     regime: str, frames: int, model_shift: float, *, mode: str, steps: int, cfg: float, seed: int, segment: int,
     overlap: int, block: int, ar_step: int, solver: str, shift: float, history_noise: float, sigmas: Tensor | None,
+    history_guidance: bool = False,
 ) -> Job:  # fmt: skip
     """Checks the widgets of the sampler against the model and the latent.
 
@@ -139,6 +143,10 @@ def make_job(
         _refuse(f"history_noise is {history_noise:g}, but causal blocks keep clean history in the K/V store; use 0")
     if not 0.0 <= history_noise < 1.0:
         _refuse(f"history_noise is {history_noise:g}; use a noise level from 0 to below 1")
+    if history_guidance and (causal or cfg == 1.0):
+        why = "the K/V store of causal blocks holds the history" if causal else "cfg is 1, which runs one branch alone"
+        _refuse(f"history_guidance has no branch that could go without history: {why}; turn it off, or use another "
+                f"{'mode' if causal else 'cfg'}")  # fmt: skip
     if block < 1:
         _refuse(f"block is {block}; use 1 or more latent frames")
     try:
@@ -151,7 +159,7 @@ def make_job(
         plan.calls()
     except ValueError as error:
         raise ValueError(f"{NODE}: {str(error)[0].lower()}{str(error)[1:]}") from None
-    return Job(mode, solver, plan, block, table, cfg, seed, history_noise)
+    return Job(mode, solver, plan, block, table, cfg, seed, history_noise, history_guidance)
 
 
 def _refuse(reason: str) -> None:

@@ -35,7 +35,8 @@ class ARVASegmentSampler(io.ComfyNode):
                              tooltip="Seed of the start noise, the same as in core's samplers."),
                 io.Int.Input("steps", default=50, min=1, max=10000, tooltip="Solver steps of every latent frame."),
                 io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                               tooltip="Guidance scale; 1 runs the positive branch alone. Causal blocks need 1."),
+                               tooltip="Guidance scale; 1 runs the positive branch alone, as causal models distilled "
+                               "to few steps want it."),
                 io.Combo.Input("mode", options=list(MODES), default="auto",
                                tooltip="How the video is made. auto: causal blocks for causal models, else diffusion "
                                "forcing. next clip is for models whose history shares the time embedding."),
@@ -56,6 +57,10 @@ class ARVASegmentSampler(io.ComfyNode):
                 io.Float.Input("history_noise", default=0.0, min=0.0, max=0.99, step=0.01, round=0.001, advanced=True,
                                tooltip="Noise level that finished frames are shown to the model with; a little (0.02) "
                                "can steady long videos."),
+                io.Boolean.Input("history_guidance", default=False, advanced=True, optional=True,
+                                 tooltip="Hides the finished frames from the negative branch, so that cfg also draws "
+                                 "towards their motion: continuations keep closer to what was going on, at no cost. "
+                                 "Needs a cfg other than 1; not for causal blocks."),
                 io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels instead of steps and shift; end at 0."),
                 StreamType.Input("stream", optional=True, tooltip="Stream Segments: the video on disk while it is "
                                  "made, and runs that can be resumed."),

@@ -12,6 +12,7 @@ import sys
 from types import SimpleNamespace
 
 import comfy.model_management
+import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
 import comfy.sd
@@ -130,6 +131,7 @@ def diffusion_forcing(checkpoint: str) -> None:
     facts["kept K/V refuse"] = [
         refusal(node, "ARVASegmentSampler", frozen, asked, negative, latent, **SETTINGS) for asked in (several, part)
     ]
+    history_guidance(model, frozen, latent, part)
     latents["noised history"], _ = sample(model, latent, history_noise=0.05)
     cached = node("ARVAHistoryGuidedCache", model, 10.0, "auto", 5, 2)[0]
     _, facts["history"] = sample(cached, latent)
@@ -154,6 +156,37 @@ def diffusion_forcing(checkpoint: str) -> None:
     facts["prompt ranges"] = (model.model.process_latent_in(out) - latents["full"]).abs().max().item()
     shifted_window(model)
     refusals(model, latent)
+
+
+def history_guidance(model, frozen, latent: dict, part: list) -> None:
+    """The same as one batch, as one forward a branch (as core does where memory is short), and beside somebody else's
+    wrapper of the forward, which still gets every forward."""
+    on, key = {"history_guidance": True}, comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    latents["history guidance"], facts["history guidance"] = sample(model, latent, **on)
+    latents["history guidance, next clip"], _ = sample(model, latent, mode="next clip", **on)
+    latents["history guidance, frozen"], facts["history guidance, frozen"] = sample(frozen, latent, **on)
+    facts["history guidance off is off"] = torch.equal(
+        sample(model, latent, history_guidance=False)[0], latents["full"]
+    )
+    seen: list[int] = []
+
+    def watching(executor, *inputs, **named):
+        seen.append(len(inputs[0]))
+        return executor(*inputs, **named)
+
+    watched, memory = model.clone(), type(model.model).memory_required
+    watched.add_wrapper_with_key(key, "somebody else", watching)
+    type(model.model).memory_required = lambda *inputs, **named: 1e18
+    try:
+        single, totals = sample(watched, latent, **on)
+    finally:
+        type(model.model).memory_required = memory
+    facts["history guidance, one by one"] = (single - latents["history guidance"]).abs().max().item()
+    facts["history guidance, forwards"] = [sorted(set(seen)), len(seen), totals["iterations"]]
+    facts["history guidance leaves"] = sorted(model.model_options["transformer_options"])
+    facts["history guidance refuses"] = refusal(
+        node, "ARVASegmentSampler", model, part, negative, latent, **SETTINGS, **on
+    )
 
 
 def progress_of(function) -> tuple[tuple[int, int], list[tuple[int, int]]]:
@@ -240,6 +273,7 @@ def refusals(model, latent: dict) -> None:
         "sigmas": sampler(sigmas=torch.tensor([1.0, 0.5, 0.1])),
         "rising sigmas": sampler(sigmas=torch.tensor([0.5, 1.0, 0.0])),
         "history noise": sampler(history_noise=1.0),
+        "history guidance": sampler(history_guidance=True, cfg=1.0),
         "thresholds": refusal(node, "ARVATriModalScheduler", model, 0.7, 0.6, "log-snr", "2", 0.75, 5, 1, 0.0),
         "decay": refusal(node, "ARVATriModalScheduler", model, 0.0, 0.6, "log-snr", "1", 0.0, 5, 1, 0.0),
         "threshold": refusal(node, "ARVAHistoryGuidedCache", model, -1.0, "auto", 5, 2),
@@ -278,6 +312,7 @@ def causal_blocks(checkpoint: str) -> None:
     unreadable = node("ARVATriModalScheduler", model, 0.0, 0.6, "history-mod", "1", 0.75, 5, 1, 0.0)[0]
     facts["refusals"] |= {
         "unipc": refusal(sample, model, latent, **CAUSAL, solver="unipc"),
+        "causal history guidance": refusal(sample, model, latent, **CAUSAL | {"cfg": 2.0}, history_guidance=True),
         "history signal": refusal(sample, unreadable, latent, **CAUSAL),
     }
 

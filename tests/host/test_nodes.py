@@ -73,14 +73,17 @@ def host(
     return facts, load_file(out)
 
 
-def library(path: Path, frames: int, batch: int = 1, cfg: float = 2.0, kind: str | None = None) -> tuple:
+def library(
+    path: Path, frames: int, batch: int = 1, cfg: float = 2.0, kind: str | None = None, history_guidance: bool = False
+) -> tuple:
     """The tiny model as ``accel`` sees it, and the start noise of seed 7."""
     model = load_model(path)
     if kind is not None:
         object.__setattr__(model.config, "kind", kind)
     noise = torch.randn((batch, 16, frames, 8, 8), generator=torch.Generator().manual_seed(7))
     context = embed_text(TEXT).expand(batch, -1, -1)
-    return TinyDenoiser(model, context, cfg, rollout=frames).sized(noise), noise
+    denoiser = TinyDenoiser(model, context, cfg, rollout=frames, history_guidance=history_guidance)
+    return denoiser.sized(noise), noise
 
 
 def video(segments: Iterator) -> Tensor:
@@ -104,12 +107,21 @@ def difference(left: Tensor, right: Tensor) -> float:
         ("chunks", diffusion_forcing, Acceleration(chunks=CHUNKS), {"solver": "unipc"}),
         ("timed chunks", diffusion_forcing, Acceleration(chunks=TIMED), {}),
         ("noised history", diffusion_forcing, Acceleration(), {"history_noise": 0.05}),
+        ("history guidance", diffusion_forcing, Acceleration(), {"history_guidance": True}),
+        ("history guidance, next clip", next_clip, Acceleration(), {"history_guidance": True}),
+        (
+            "history guidance, frozen",
+            diffusion_forcing,
+            Acceleration(scheduler=SCHEDULE, frozen_window=FrozenConfig(0.5)),
+            {"history_guidance": True},
+        ),
     ],
 )
 def test_segments_equal_the_library(host, checkpoints, name, loop, acceleration, options) -> None:
     options = dict(options)
     kind = "tiny-next-clip" if loop is next_clip else None
-    denoiser, noise = library(checkpoints["frames"], FRAMES, cfg=options.pop("cfg", 2.0), kind=kind)
+    guided = options.pop("history_guidance", False)
+    denoiser, noise = library(checkpoints["frames"], FRAMES, 1, options.pop("cfg", 2.0), kind, guided)
     timeline = Timeline()
     run = Run(acceleration, denoiser, timeline)
     plan = SegmentPlan(FRAMES, 16, 4, 4, 0 if loop is next_clip else 2, STEPS)
@@ -119,6 +131,19 @@ def test_segments_equal_the_library(host, checkpoints, name, loop, acceleration,
     if name in facts:
         assert facts[name]["calls"] == timeline.totals()["calls"]
         assert facts[name]["flops"] == timeline.totals()["flops"]
+
+
+def test_history_guidance_shows_only_the_negative_branch_no_history(host) -> None:
+    facts, latents = host
+    assert difference(latents["history guidance"], latents["full"]) > 0.05
+    assert facts["history guidance"]["calls"] == facts["full"]["calls"]
+    assert facts["history guidance"]["flops"] == facts["full"]["flops"]
+    assert facts["history guidance off is off"]
+    assert facts["history guidance, one by one"] < TOLERANCE
+    sizes, forwards, calls = facts["history guidance, forwards"]
+    assert sizes == [1] and forwards == 2 * calls
+    assert "wrappers" not in facts["history guidance leaves"]
+    assert "history_guidance" in facts["history guidance refuses"] and "area" in facts["history guidance refuses"]
 
 
 @pytest.mark.parametrize(
@@ -220,6 +245,8 @@ REFUSED = {
     "sigmas": ("AR Segment Sampler", "0.1"),
     "rising sigmas": ("AR Segment Sampler", "fall"),
     "history noise": ("AR Segment Sampler", "history_noise is 1"),
+    "history guidance": ("AR Segment Sampler", "cfg is 1"),
+    "causal history guidance": ("AR Segment Sampler", "K/V store"),
     "unipc": ("AR Segment Sampler", "unipc"),
     "thresholds": ("Tri-Modal Scheduler", "cache_below 0.7"),
     "decay": ("Tri-Modal Scheduler", "decay is 0.0"),
@@ -305,7 +332,8 @@ def test_sampler_inputs_keep_their_order(server: ComfyServer) -> None:
     info = server.object_info("ARVASegmentSampler")["ARVASegmentSampler"]
     order = "model positive negative latent_image seed steps cfg mode segment overlap block ar_step solver shift"
     visible = {kind: names for kind, names in info["input_order"].items() if kind != "hidden"}
-    assert visible == {"required": [*order.split(), "history_noise"], "optional": ["sigmas", "stream"]}
+    optional = ["history_guidance", "sigmas", "stream"]
+    assert visible == {"required": [*order.split(), "history_noise"], "optional": optional}
     assert info["output"] == ["LATENT", "ARVA_TIMELINE", "STRING"]
     assert info["output_name"] == ["latent", "timeline", "report"]
 

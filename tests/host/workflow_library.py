@@ -63,6 +63,7 @@ def library_latents(graph: dict[str, dict[str, Any]], model: TinyWan, sampler_id
         raise ValueError("The library's twin knows an empty negative prompt, no history noise and no sigmas input.")
     acceleration = _acceleration(graph, sampler["model"][0], model)
     settings = {"guidance": sampler["cfg"], "shift": sampler["shift"]}
+    told = {"history_guidance": sampler.get("history_guidance", False)}
     with torch.inference_mode():
         if sampler["mode"] == "causal blocks":
             steps = {"steps": sampler["steps"], "renoise_seed": None if sampler["solver"] == "euler" else seed}
@@ -73,7 +74,7 @@ def library_latents(graph: dict[str, dict[str, Any]], model: TinyWan, sampler_id
             raise ValueError(f"The library's twin samples {model.config.kind} in its own mode only.")
         plan = SegmentPlan(frames, *(sampler[key] for key in ("segment", "overlap", "block", "ar_step", "steps")))
         solver = sampler["solver"].replace("auto", "euler")
-        return generate.sample(model, context, noise, acceleration, plan, solver=solver, **settings).latents
+        return generate.sample(model, context, noise, acceleration, plan, solver=solver, **told, **settings).latents
 
 
 def core_sampler(graph: dict[str, dict[str, Any]], node_id: str) -> str:
