@@ -1,9 +1,10 @@
 """History guidance: guidance that draws away from what the model would make if it had not seen the history.
 
 "Vanilla history guidance" of Song et al. 2025 (History-Guided Video Diffusion, arXiv 2502.06764): the CFG branch that
-is subtracted sees noise where the history is, v = v_without + g (v_with - v_without); to a model of diffusion forcing
-that is noise of level 1. Continuations then keep closer to the motion of the history, since what the history says of it
-weighs g times as much. It costs no forward: the branch is computed anyway.
+is subtracted sees noise where the history is, v = v_without + g (v_with - v_without). To a model of diffusion forcing
+that is noise of level 1; a causal model's branch reads nothing of the K/V store (``kv.memory``). Continuations then
+keep closer to the motion of the history, since what the history says of it weighs g times as much. It costs no forward:
+the branch is computed anyway.
 """
 
 from __future__ import annotations

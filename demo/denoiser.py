@@ -35,7 +35,9 @@ class TinyDenoiser:
             call); 0 sees the whole window.
         budget: how much K/V a causal model keeps; None keeps all. ann: how much of it a query reads; None all. calls:
             forwards of a block, see ``make_memory``.
-        history_guidance: the unconditional branch does not see the history either (``accel.history_guidance``).
+        history_guidance: the branch that is subtracted does not see the history either (``accel.history_guidance``).
+        negative: prompt of that branch ``[B, 64, 64]``, None for the empty one; the prompt itself guides by history
+            alone.
 
     Attributes:
         shape: the transformer's shape, from which FLOPs are counted.
@@ -44,24 +46,26 @@ class TinyDenoiser:
     def __init__(
         self, model: TinyWan, context: Tensor | Mapping[int, Tensor], guidance: float = 2.0, rollout: int = 0,
         chunk: int = 0, budget: KVBudgetConfig | None = None, ann: AnnConfig | None = None, calls: int = 1,
-        history_guidance: bool = False,
+        history_guidance: bool = False, negative: Tensor | None = None,
     ) -> None:  # fmt: skip
         config = model.config
         self.model, self.guidance = model, guidance
         self.branches = 1 if guidance == 1.0 else 2
         self.shares_time = config.kind == "tiny-next-clip"
         self.recomputes_history = not config.causal_ar
-        if history_guidance and (config.causal_ar or self.branches == 1):
-            why = "a causal model's K/V store holds it for both branches" if config.causal_ar else "guidance is 1"
-            raise ValueError(f"Tiny AR model: history guidance has no branch without history, since {why}.")
-        self._hidden = HiddenHistory(self.shares_time) if history_guidance else None
+        if history_guidance and self.branches == 1:
+            raise ValueError("Tiny AR model: history guidance has no branch without history, since guidance is 1.")
+        self._forgetful = history_guidance and config.causal_ar
+        self._hidden = HiddenHistory(self.shares_time) if history_guidance and not config.causal_ar else None
         prompts = {0: context} if isinstance(context, Tensor) else context
         self._prompts = {
-            segment: one if self.branches == 1 else torch.cat((one, torch.zeros_like(one)))
+            segment: one
+            if self.branches == 1
+            else torch.cat((one, torch.zeros_like(one) if negative is None else negative))
             for segment, one in prompts.items()
         }
         self._rollout, self._chunk, self._memory = rollout, chunk, (budget, ann, calls)
-        self._bounded = budget is not None or ann is not None
+        self._bounded = budget is not None or ann is not None or self._forgetful
         self._kept: FrozenKV | None = None
         self._store: KVStore | KVMemory | None = None
         self.shape = WanShape(
@@ -130,6 +134,8 @@ class TinyDenoiser:
     def full_flops(self, call: Call, frames: int) -> int:
         tokens = self._tokens_per_frame
         keys = (call.offset + frames) * tokens if self.model.config.causal_ar else None
+        if self._forgetful:
+            keys = (call.offset + 2 * frames) * tokens // 2
         return self._batch * self.shape.forward_flops(frames, tokens, keys, branches=self.branches)
 
     def size(self, frames: int) -> tuple[int, int]:
@@ -212,7 +218,9 @@ class TinyDenoiser:
                 TimeRotary.of_wan(head_dim),
             )  # fmt: skip
             budget, *attention = self._memory
-            self._store = make_memory(budget, shape, self.branches, config.block, frames, *attention)
+            self._store = make_memory(
+                budget, shape, self.branches, config.block, frames, *attention, forgetful=self._forgetful
+            )
         if self._store is None:
             self._store = KVStore(config.num_layers, frames * self._tokens_per_frame)
         return self._store

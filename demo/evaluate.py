@@ -20,15 +20,13 @@ from accel.metrics import psnr
 
 from .codec import WEIGHTS, TinyCodec
 from .data import Scenes, render, simulate
-from .generate import CAUSAL_FRAMES, NEXT_CLIP_PLAN, PLAN, lasting, load, sample, sample_causal, start_noise
+from .generate import CAUSAL_FRAMES, GUIDANCE, NEXT_CLIP_PLAN, PLAN, lasting, load, sample, sample_causal, start_noise
 from .judge import LEAST_PIXELS, Reading, clear, load_judge, read, track
 from .pictures import contact_sheet
 from .prompt import embed_scenes
 
 SEGMENTS = 8
-WAYS = {  # besides the usual one, in which a model is asked to continue clips; begins the names of its figures
-    "tiny-df": "history_guidance_", "tiny-next-clip": "history_guidance_", "tiny-causal": "4_steps_",
-}  # fmt: skip
+FEW, BY_HISTORY = WAYS = "4_steps_", "history_guidance_"  # further ways to continue clips; begin their figures' names
 START, END = "<!-- figures -->", "<!-- end of figures -->"
 COMPACT = 1.3  # spread over that of a disc of equal area above which a shape counts as torn
 
@@ -81,14 +79,15 @@ def few_steps(seeds: list[int]) -> dict[str, Any]:
 
 def continuation(kind: str, scenes: Scenes, latents: Tensor, seeds: list[int], way: str = "") -> Tensor:
     """Latents ``[B, 16, 16, 8, 8]``: the first four of real clips, and the model's continuation; ``way`` is one of
-    ``WAYS``."""
+    ``WAYS``: four steps, or guided by the history alone, with the prompt in both branches."""
     model, context, prefix = load(kind), embed_scenes(scenes), latents[:, :, :4]
+    options: dict[str, Any] = {"history_guidance": True, "negative": context} if way == BY_HISTORY else {}
     if kind == "tiny-causal":
-        options = few_steps(seeds) if way else {}
+        options |= {"guidance": GUIDANCE} if options else few_steps(seeds) if way == FEW else {}
         return sample_causal(model, context, start_noise(seeds, 16), prefix=prefix, **options).latents
     plan = replace(PLAN if kind == "tiny-df" else NEXT_CLIP_PLAN, frames=16)
     noise = start_noise(seeds, 16)
-    return sample(model, context, noise, plan=plan, prefix=prefix, history_guidance=bool(way)).latents
+    return sample(model, context, noise, plan=plan, prefix=prefix, **options).latents
 
 
 def continued(kind: str, clips: int, seed: int, way: str = "") -> dict:
@@ -119,8 +118,9 @@ def evaluate(kind: str, clips: int, more: int, seed: int = 900) -> dict:
 
 
 def continuations(kind: str, clips: int, seed: int = 900) -> dict:
-    """Figures of the continued clips, in both ways."""
-    return {way + key: value for way in ("", WAYS[kind]) for key, value in continued(kind, clips, seed, way).items()}
+    """Figures of the continued clips, in all ways."""
+    ways = ("", *(way for way in WAYS if way != FEW or kind == "tiny-causal"))
+    return {way + key: value for way in ways for key, value in continued(kind, clips, seed, way).items()}
 
 
 def prompted(kind: str, clips: int, seed: int = 900) -> dict:
@@ -136,7 +136,7 @@ def prompted(kind: str, clips: int, seed: int = 900) -> dict:
         latents, bounds = long_clips(kind, embed_scenes(scenes), seeds, few=few)
         video = codec.decode(latents)
         reading = read(judge, video)
-        name = WAYS[kind] if few else ""
+        name = FEW if few else ""
         figures[name + "attribute_accuracy"] = segment_accuracy(reading, scenes, bounds)
         figures[name + "motion"] = motion(track(reading, scenes.colour))
         figures[name + "one_thing"] = compactness(reading)
@@ -165,20 +165,20 @@ def figures_table(known: dict[str, dict]) -> str:
         return f"{error:.2f} px of {still:.2f} if nothing moves, {100 * error / still:.0f} %"
 
     def guided(figures: dict) -> str:
-        value = figures.get("history_guidance_continuation_psnr")
+        value = figures.get(BY_HISTORY + "continuation_psnr")
         return "" if value is None else f"{value:.1f} dB"
 
     rows = [
         line("", lambda one: f"`{one['model']}`, {one['clips']} clips"),
         "|-" * (len(models) + 1) + "|",
         line("prompted shapes shown with the right kind, segments 1 and 8", accuracy),
-        line("the same with four steps", lambda one: accuracy(one, "4_steps_attribute_accuracy")),
+        line("the same with four steps", lambda one: accuracy(one, FEW + "attribute_accuracy")),
         line("of real clips", lambda one: f"{100 * one['real_accuracy']:.0f} %"),
         line("clips continued", lambda one: f"{one['continued_clips']}"),
         line("their centre error against the simulation, mean", centre),
         line("the same, median", lambda one: centre(one, "_median")),
-        line("the mean with four steps", lambda one: centre(one, way="4_steps_")),
-        line("the mean with history guidance", lambda one: centre(one, way="history_guidance_")),
+        line("the mean with four steps", lambda one: centre(one, way=FEW)),
+        line("the mean with history guidance", lambda one: centre(one, way=BY_HISTORY)),
         line("their PSNR", lambda one: f"{one['continuation_psnr']:.1f} dB"),
         line("their PSNR with history guidance", guided),
         line("motion, pixels a frame (real clips)", lambda one: f"{one['motion']:.2f} ({one['real_motion']:.2f})"),

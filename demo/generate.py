@@ -67,15 +67,16 @@ def sample(
     prefix: Tensor | None = None,
     make_run: MakeRun | None = None,
     history_guidance: bool = False,
+    negative: Tensor | None = None,
 ) -> Result:
     """Diffusion forcing, or next-clip continuation for a model trained for it.
 
     Args:
         context: prompts ``[B, 64, 64]``, or several by the segment each begins at. noise: ``[B, 16, frames, H, W]``.
         make_run: makes the engine of this run; None for one of ``acceleration``.
-        history_guidance: see ``TinyDenoiser``.
+        history_guidance, negative: see ``TinyDenoiser``.
     """
-    denoiser = TinyDenoiser(model, context, guidance, history_guidance=history_guidance).sized(noise)
+    denoiser = TinyDenoiser(model, context, guidance, history_guidance=history_guidance, negative=negative).sized(noise)
     timeline = Timeline(row_unit="chunk", frames_per_row=plan.block, title=f"{model.config.kind}, {plan.steps} steps")
     timeline.rows, timeline.columns = -(-plan.frames // plan.block), plan.calls()
     run = make_run(denoiser, timeline) if make_run else Run(acceleration or Acceleration(), denoiser, timeline)
@@ -99,14 +100,17 @@ def sample_causal(
     shift: float = SHIFT,
     prefix: Tensor | None = None,
     make_run: MakeRun | None = None,
+    history_guidance: bool = False,
+    negative: Tensor | None = None,
 ) -> Result:
-    """Block-causal rollout with a K/V store; ``renoise_seed`` samples as core's ``ar_video`` does, ``make_run`` as in
+    """Block-causal rollout with a K/V store; ``renoise_seed`` samples as core's ``ar_video`` does, the rest as in
     ``sample``."""
     frames = noise.shape[2]
     told = acceleration or Acceleration()
     denoiser = TinyDenoiser(
-        model, context, guidance, rollout=frames, budget=told.kv_budget, ann=told.ann, calls=steps + 1
-    ).sized(noise)
+        model, context, guidance, rollout=frames, budget=told.kv_budget, ann=told.ann, calls=steps + 1,
+        history_guidance=history_guidance, negative=negative,
+    ).sized(noise)  # fmt: skip
     timeline = Timeline(
         row_unit="chunk", frames_per_row=model.config.block, title=f"{model.config.kind}, {steps} steps"
     )

@@ -219,7 +219,9 @@ class SegmentSampler(comfy.samplers.Sampler):
                 prefix = model_wrap.inner_model.process_latent_in(prefix).to(start).expand(len(start), -1, -1, -1, -1)
             if self.job.own_store(self.acceleration):
                 calls = self.job.plan.steps + 1
-                denoiser = BoundedHostDenoiser(model_wrap, extra_args, start, self.acceleration, self.job.block, calls)
+                denoiser = BoundedHostDenoiser(
+                    model_wrap, extra_args, start, self.acceleration, self.job.block, calls, self.job.history_guidance
+                )
                 self.timeline.settings |= denoiser.notes()
             else:
                 denoiser = CausalHostDenoiser(model_wrap, extra_args, start)

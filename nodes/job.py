@@ -143,10 +143,9 @@ def make_job(
         _refuse(f"history_noise is {history_noise:g}, but causal blocks keep clean history in the K/V store; use 0")
     if not 0.0 <= history_noise < 1.0:
         _refuse(f"history_noise is {history_noise:g}; use a noise level from 0 to below 1")
-    if history_guidance and (causal or cfg == 1.0):
-        why = "the K/V store of causal blocks holds the history" if causal else "cfg is 1, which runs one branch alone"
-        _refuse(f"history_guidance has no branch that could go without history: {why}; turn it off, or use another "
-                f"{'mode' if causal else 'cfg'}")  # fmt: skip
+    if history_guidance and cfg == 1.0:
+        _refuse("history_guidance is on, but cfg is 1, which runs no branch that could go without the history; use a "
+                "cfg above 1, or turn it off")  # fmt: skip
     if block < 1:
         _refuse(f"block is {block}; use 1 or more latent frames")
     try:

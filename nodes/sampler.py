@@ -60,7 +60,7 @@ class ARVASegmentSampler(io.ComfyNode):
                 io.Boolean.Input("history_guidance", default=False, advanced=True, optional=True,
                                  tooltip="Hides the finished frames from the negative branch, so that cfg also draws "
                                  "towards their motion: continuations keep closer to what was going on, at no cost. "
-                                 "Needs a cfg other than 1; not for causal blocks."),
+                                 "Needs a cfg above 1. The same prompt in both inputs guides by history alone."),
                 io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels instead of steps and shift; end at 0."),
                 StreamType.Input("stream", optional=True, tooltip="Stream Segments: the video on disk while it is "
                                  "made, and runs that can be resumed."),

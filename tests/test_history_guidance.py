@@ -8,6 +8,7 @@ import torch
 from accel.call import Call, Kind
 from accel.engine import Acceleration
 from accel.history_guidance import history_noise, without_history
+from accel.kv.budget import KVBudgetConfig
 from accel.kv.frozen import FrozenConfig
 from accel.sampling import SegmentPlan
 from demo.codec import TinyCodec
@@ -89,7 +90,45 @@ def test_a_trained_model_keeps_closer_to_the_motion_of_its_history() -> None:
     assert error[1] < 0.9 * error[0], error
 
 
-@pytest.mark.parametrize(("kind", "guidance", "why"), [("tiny-causal", 2.0, "K/V store"), ("tiny-df", 1.0, "is 1")])
-def test_without_a_branch_that_could_go_without_history_it_is_refused(kind: str, guidance: float, why: str) -> None:
-    with pytest.raises(ValueError, match=why):
-        TinyDenoiser(tiny(kind), TEXT, guidance, history_guidance=True)
+@pytest.mark.parametrize("budget", [None, KVBudgetConfig(frames=8, sink=1)])
+def test_a_causal_models_branch_reads_its_own_block_alone(budget: KVBudgetConfig | None) -> None:
+    """By hand: the branch that sees, with a store; the other one without, at the same places in time."""
+    model, noise = tiny("tiny-causal"), start_noise([3, 4], 12)
+    text, other = TEXT.expand(2, -1, -1), embed_text("green diamond").expand(2, -1, -1)
+    made = TinyDenoiser(model, text, 3.0, 12, budget=budget, history_guidance=True, negative=other).sized(noise)
+    seeing = TinyDenoiser(model, text, 1.0, 12, budget=budget).sized(noise)
+    for start in range(0, 12, 4):
+        for kind, level in ((Kind.DENOISE, 0.8), (Kind.COMMIT, 0.0)):
+            one = Call(kind, 0, 0, (0, 4), (level,) * 4, (1,) * 4, (True,) * 4, start, total_steps=1)
+            x = noise[:, :, start : start + 4]
+            with torch.inference_mode():
+                told, places = torch.full((2, 4), level), torch.arange(start, start + 4)
+                seen, blind = seeing.velocity(one, x), model(x, told, other, places)
+            torch.testing.assert_close(made.velocity(one, x), blind + 3 * (seen - blind), rtol=1e-4, atol=1e-5)
+            kept, room = seeing.flops(one, 4), made.flops(one, 4)
+            alone = 2 * made.shape.forward_flops(4, 16, 4 * 16)
+            assert room == pytest.approx(kept + alone, rel=1e-6), start
+            assert made.full_flops(one, 4) == pytest.approx(seeing.full_flops(one, 4) + alone, rel=1e-6)
+
+
+def test_a_causal_models_branch_keeps_nothing() -> None:
+    plain, forgetful = (
+        TinyDenoiser(tiny("tiny-causal"), TEXT, 2.0, 12, budget=KVBudgetConfig(frames=12, sink=0), history_guidance=on)
+        for on in (False, True)
+    )
+    for denoiser in (plain, forgetful):
+        denoiser.sized(X[:1]).velocity(Call(Kind.COMMIT, 0, 0, (0, 4), (0.0,) * 4, (1,) * 4, (True,) * 4), X[:1])
+    assert forgetful.kept_bytes == plain.kept_bytes / 2 > 0
+
+
+def test_by_the_prompt_in_both_branches_only_the_history_guides() -> None:
+    model, told = tiny(), torch.tensor([[0.7, 0.9, 1.0, 1.0]]).expand(2, -1)
+    text = TEXT.expand(2, -1, -1)
+    guided = TinyDenoiser(model, text, 3.0, history_guidance=True, negative=text).sized(X)
+    with torch.inference_mode():
+        torch.testing.assert_close(guided.velocity(call(history=0), X), model(X, told, text), rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_branch_that_could_go_without_history_it_is_refused() -> None:
+    with pytest.raises(ValueError, match="is 1"):
+        TinyDenoiser(tiny(), TEXT, 1.0, history_guidance=True)

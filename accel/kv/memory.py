@@ -33,17 +33,17 @@ def dense(
 
 def make_memory(
     config: KVBudgetConfig | None, shape: StoreShape, branches: int, block: int, frames: int,
-    ann: AnnConfig | None = None, calls: int = 1,
+    ann: AnnConfig | None = None, calls: int = 1, forgetful: bool = False,
 ) -> KVMemory:  # fmt: skip
     """The K/V of a run as its configuration says.
 
     Args:
-        config, shape, branches, block, frames: as of ``KVMemory``; no ``config`` keeps all. ann: sparse attention, None
-            for dense. calls: forwards of a block, which share a sparse selection.
+        config, shape, branches, block, frames, forgetful: as of ``KVMemory``; no ``config`` keeps all. ann: sparse
+            attention, None for dense. calls: forwards of a block, which share a sparse selection.
     """
     config = config or KVBudgetConfig(frames=frames, sink=0)
     attention = (lambda: dense) if ann is None else lambda: AnnAttention(ann, shape.tokens, calls)
-    return KVMemory(config, shape, branches, block, frames, attention)
+    return KVMemory(config, shape, branches, block, frames, attention, forgetful)
 
 
 def _rule(config: KVBudgetConfig, shape: StoreShape, layout: Layout, late: LateCounts) -> Middle | None:
@@ -90,6 +90,7 @@ class KVMemory:
     Args:
         config: the budget. shape: of one branch. branches: CFG branches. block: latent frames denoised together.
         frames: of the whole video. attention: makes what attends, one a branch.
+        forgetful: the second branch keeps nothing and attends to its own block alone (``accel.history_guidance``).
 
     Attributes:
         layout: room of each layer. planned_bytes: of all branches on the device.
@@ -100,8 +101,10 @@ class KVMemory:
 
     def __init__(
         self, config: KVBudgetConfig, shape: StoreShape, branches: int, block: int, frames: int,
-        attention: Callable[[], Attention],
+        attention: Callable[[], Attention], forgetful: bool = False,
     ) -> None:  # fmt: skip
+        branches -= forgetful
+        self._blind, self._block = forgetful, 0
         self.config, self.shape, self.layout = config, shape, plan(config, shape, branches, block, frames)
         self.planned_bytes = branches * shape.bytes(self.layout, config)
         self._scratch, self._late = Fetching() if config.offload else Scratch(), LateCounts()
@@ -127,11 +130,12 @@ class KVMemory:
     @property
     def keys(self) -> float:
         """Tokens that a query reads, the mean over layers, heads and branches."""
-        return sum(store.keys for store in self.stores) / len(self.stores)
+        counts = [store.keys for store in self.stores] + [self._block * self.layout.tokens] * self._blind
+        return sum(counts) / len(counts)
 
     def begin(self, first: int, frames: int) -> int:
         """As ``BoundedStore.begin``, for all branches; what their layers kept is sent for together."""
-        self._unread = self._saved()
+        self._unread, self._block = self._saved(), frames
         positions = [store.begin(first, frames) for store in self.stores]
         self._late.send()
         return positions[0]
@@ -150,11 +154,17 @@ class KVMemory:
         Args:
             branches: which ones, in the batch's order; None for all.
         """
-        stores = self.stores if branches is None else [self.stores[branch] for branch in branches]
-        if len(stores) == 1:
-            return stores[0].attend(layer, queries, keys, values)
-        parts = zip(stores, *(side.chunk(len(stores)) for side in (queries, keys, values)), strict=True)
-        return torch.cat([store.attend(layer, *sides) for store, *sides in parts])
+        if branches is None:
+            branches = range(len(self.stores) + self._blind)
+        sides = (side.chunk(len(branches)) for side in (queries, keys, values))
+        parts = [self._attend(layer, branch, *own) for branch, *own in zip(branches, *sides, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend(self, layer: int, branch: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of one branch."""
+        if branch == len(self.stores):
+            return attend(queries, keys, values)
+        return self.stores[branch].attend(layer, queries, keys, values)
 
     def commit(self) -> None:
         """As ``BoundedStore.commit``, for all branches."""

@@ -26,6 +26,7 @@ from node_runs import (  # noqa: E402
     interrupted,
     latents,
     node,
+    one_forward_a_branch,
     positive,
     refusal,
     reports,
@@ -55,6 +56,12 @@ def against_core(checkpoint: str) -> None:
     latents["guided"], facts["guided"] = sample(model, latent, **CAUSAL | {"cfg": 2.0})
     small = budget(model, 9.0, "latent frames", "window", 1)
     latents["guided window"], facts["guided window"] = sample(small, latent, **CAUSAL | {"cfg": 2.0})
+    by_history = CAUSAL | {"cfg": 2.0, "history_guidance": True}
+    latents["history guided"], facts["history guided"] = sample(model, latent, **by_history)
+    latents["history guided window"], facts["history guided window"] = sample(small, latent, **by_history)
+    with one_forward_a_branch(model):
+        single, _ = sample(model, latent, **by_history)
+    facts["history guided, one by one"] = (single - latents["history guided"]).abs().max().item()
     scheduled = node("ARVATriModalScheduler", small, 0.3, 2.0, "log-snr", "2", 0.75, 5, 1, 0.0)[0]
     settings = CAUSAL | {"cfg": 2.0, "steps": 16}
     latents["guided fast"], facts["guided fast"] = sample(scheduled, latent, **settings, solver="euler")

@@ -9,6 +9,7 @@ import gc
 import importlib
 import json
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -158,6 +159,18 @@ def diffusion_forcing(checkpoint: str) -> None:
     refusals(model, latent)
 
 
+@contextmanager
+def one_forward_a_branch(model):
+    """Core finds that no two branches fit into memory together."""
+    kind = type(model.model)
+    before = kind.memory_required
+    kind.memory_required = lambda *inputs, **named: 1e18
+    try:
+        yield
+    finally:
+        kind.memory_required = before
+
+
 def history_guidance(model, frozen, latent: dict, part: list) -> None:
     """The same as one batch, as one forward a branch (as core does where memory is short), and beside somebody else's
     wrapper of the forward, which still gets every forward."""
@@ -174,13 +187,10 @@ def history_guidance(model, frozen, latent: dict, part: list) -> None:
         seen.append(len(inputs[0]))
         return executor(*inputs, **named)
 
-    watched, memory = model.clone(), type(model.model).memory_required
+    watched = model.clone()
     watched.add_wrapper_with_key(key, "somebody else", watching)
-    type(model.model).memory_required = lambda *inputs, **named: 1e18
-    try:
+    with one_forward_a_branch(model):
         single, totals = sample(watched, latent, **on)
-    finally:
-        type(model.model).memory_required = memory
     facts["history guidance, one by one"] = (single - latents["history guidance"]).abs().max().item()
     facts["history guidance, forwards"] = [sorted(set(seen)), len(seen), totals["iterations"]]
     facts["history guidance leaves"] = sorted(model.model_options["transformer_options"])
@@ -312,7 +322,7 @@ def causal_blocks(checkpoint: str) -> None:
     unreadable = node("ARVATriModalScheduler", model, 0.0, 0.6, "history-mod", "1", 0.75, 5, 1, 0.0)[0]
     facts["refusals"] |= {
         "unipc": refusal(sample, model, latent, **CAUSAL, solver="unipc"),
-        "causal history guidance": refusal(sample, model, latent, **CAUSAL | {"cfg": 2.0}, history_guidance=True),
+        "causal history guidance": refusal(sample, model, latent, **CAUSAL, history_guidance=True),
         "history signal": refusal(sample, unreadable, latent, **CAUSAL),
     }
 

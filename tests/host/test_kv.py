@@ -38,13 +38,16 @@ def host(comfy_root: Path, checkpoints, tmp_path_factory) -> tuple[dict[str, Any
 @pytest.mark.parametrize(
     ("name", "cfg", "budget", "steps", "seed"),
     [("window", 1.0, WINDOW, 4, 7), ("guided", 2.0, None, 4, 7), ("guided window", 2.0, WINDOW, 4, 7),
-     ("guided fast", 2.0, WINDOW, 16, None)],
+     ("guided fast", 2.0, WINDOW, 16, None), ("history guided", 2.0, None, 4, 7),
+     ("history guided window", 2.0, WINDOW, 4, 7)],
 )  # fmt: skip
 def test_the_host_equals_the_library(host, checkpoints, name, cfg, budget, steps, seed) -> None:  # noqa: F811
     facts, latents = host
     model = load_model(checkpoints["causal"])
     noise = torch.randn((2, 16, 14, 8, 8), generator=torch.Generator().manual_seed(7))
-    denoiser = TinyDenoiser(model, embed_text(TEXT).expand(2, -1, -1), cfg, rollout=14, budget=budget).sized(noise)
+    by_history = {"history_guidance": name.startswith("history guided")}
+    prompt = embed_text(TEXT).expand(2, -1, -1)
+    denoiser = TinyDenoiser(model, prompt, cfg, rollout=14, budget=budget, **by_history).sized(noise)
     scheduler = SchedulerConfig(TriModalConfig(0.3, 2.0), "log-snr", reach=None) if "fast" in name else None
     run = Run(Acceleration(scheduler=scheduler, kv_budget=budget), denoiser, Timeline())
     expected = video(causal_blocks(run, noise, 4, flow_sigmas(steps, 5.0), seed))
@@ -53,6 +56,13 @@ def test_the_host_equals_the_library(host, checkpoints, name, cfg, budget, steps
     assert facts[name]["calls"] == totals["calls"] and facts[name]["flops"] == totals["flops"]
     if budget is not None:
         assert facts[name]["kv_bytes"] == totals["kv_bytes"] and facts[name]["flop_ratio"] > 1.0
+
+
+def test_history_guidance_keeps_no_history_for_the_negative_branch(host) -> None:
+    facts, latents = host
+    assert difference(latents["history guided"], latents["guided"]) > 0.05
+    assert 2 * facts["history guided window"]["kv_bytes"] == facts["guided window"]["kv_bytes"] > 0
+    assert facts["history guided, one by one"] < TOLERANCE
 
 
 def test_a_budget_that_holds_the_video_equals_core(host) -> None:

@@ -246,7 +246,7 @@ REFUSED = {
     "rising sigmas": ("AR Segment Sampler", "fall"),
     "history noise": ("AR Segment Sampler", "history_noise is 1"),
     "history guidance": ("AR Segment Sampler", "cfg is 1"),
-    "causal history guidance": ("AR Segment Sampler", "K/V store"),
+    "causal history guidance": ("AR Segment Sampler", "cfg is 1"),
     "unipc": ("AR Segment Sampler", "unipc"),
     "thresholds": ("Tri-Modal Scheduler", "cache_below 0.7"),
     "decay": ("Tri-Modal Scheduler", "decay is 0.0"),
