@@ -59,6 +59,7 @@ class Call:
         total_steps: N, solver steps of a latent frame.
         queries: latent frames ``[start, end)`` of the segment that are forwarded where K/V are kept: the rest of the
             window answers with its kept keys and values. None where nothing is kept: the whole window is forwarded.
+        given: latent frames at the start of the segment that were finished before it began.
     """
 
     kind: Kind
@@ -72,6 +73,7 @@ class Call:
     family: Family = Family.ODE
     total_steps: int = 0
     queries: tuple[int, int] | None = None
+    given: int = 0
 
     def __post_init__(self) -> None:
         start, end = self.frames

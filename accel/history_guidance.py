@@ -16,8 +16,9 @@ from .call import Call
 
 
 def history_frames(call: Call) -> list[bool]:
-    """Which latent frames of a call's window are history: all that take no solver step any more."""
-    return [step > call.total_steps for step in call.steps]
+    """Which latent frames of a call's window are history: those finished before the segment began. Blocks that finish
+    within it are not hidden then, which would change what all others are drawn to from one step to the next."""
+    return [frame < call.given for frame in range(*call.frames)]
 
 
 def history_noise(call: Call, shape: torch.Size, device: torch.device) -> Tensor:

@@ -239,7 +239,7 @@ def _denoise_segment(run, index, start, clean, x, plan, levels, solver, history_
     calls = [
         Call(
             Kind.DENOISE, index, iteration, (first, last), tuple(sigmas[first:last]), tuple(steps[first:last]),
-            tuple(active[first:last]), start, step_solver.family, plan.steps,
+            tuple(active[first:last]), start, step_solver.family, plan.steps, given=clean,
         )
         for iteration, (steps, active, sigmas, (first, last)) in enumerate(
             zip(matrix.index.tolist(), matrix.active.tolist(), told.tolist(), windows, strict=True)

@@ -33,7 +33,9 @@ def call(offset: int = 8, first: int = 0, history: int = 2) -> Call:
     sigmas = (0.0,) * history + (0.7, 0.9, 1.0, 1.0)[: 4 - history]
     steps = (11,) * history + (3, 2, 1, 1)[: 4 - history]
     active = tuple(step <= 10 for step in steps)
-    return Call(Kind.DENOISE, 1, 0, (first, first + 4), sigmas, steps, active, offset, total_steps=10)
+    return Call(
+        Kind.DENOISE, 1, 0, (first, first + 4), sigmas, steps, active, offset, total_steps=10, given=first + history
+    )
 
 
 @pytest.mark.parametrize("kind", ["tiny-df", "tiny-next-clip"])
