@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .timeline import StepRecord, Timeline
 
 NAME = "AR Video Accelerator"
+HISTORY_GUIDANCE = "history guidance"
 NOTES = ("sampler", "signal", "history signal", "conditioning", "correction")
 _PREFIXES = (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 _ROUND = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
@@ -86,6 +87,7 @@ def summary(timeline: Timeline) -> str:
         cost_line(timeline),
         _error_line(timeline),
         _late_line(timeline),
+        *(f"{HISTORY_GUIDANCE}: {value}" for value in told_settings(timeline, HISTORY_GUIDANCE)),
         *told_settings(timeline, "auto"),
         *note_lines(timeline),
         *memory_lines(timeline),

@@ -11,6 +11,7 @@ from ..accel.engine import Acceleration, Run
 from ..accel.sampling import Progress, Segment, SegmentPlan, causal_blocks, diffusion_forcing, next_clip
 from ..accel.schedule import flow_sigmas, noise_table
 from ..accel.timeline import Timeline
+from ..accel.timeline_report import HISTORY_GUIDANCE
 
 NODE = "AR Segment Sampler"
 FORCING, CLIP, CAUSAL = "diffusion forcing", "next clip", "causal blocks"
@@ -96,12 +97,14 @@ class Job:
         cut = {} if self.mode == CAUSAL else {key: getattr(self.plan, key) for key in ("segment", "overlap", "ar_step")}
         schedule = {"mode": self.mode, "latent frames": self.plan.frames, "block": self.block, **cut}
         schedule |= {"steps": self.plan.steps, "solver": self.solver, "cfg": self.cfg, "seed": self.seed}
-        schedule |= {"history guidance": "on"} if self.history_guidance else {}
         schedule["sigmas"] = [round(level, 4) for level in self.table.tolist()]
         settings = told_settings(acceleration)
         if acceleration.suffix_window:
             idle = "; causal blocks run one after the other, so there is nothing to leave out" * (self.mode == CAUSAL)
             settings[PARTS["suffix_window"]] = "suffix" + idle
+        if self.history_guidance:
+            idle = self.mode != CAUSAL and not any(prefix for *_, prefix in self.plan.intervals())
+            settings[HISTORY_GUIDANCE] = "on" + idle * "; no segment continues another here, so it changes nothing"
         return Timeline(
             rows=-(-self.plan.frames // self.block), row_unit="chunk", frames_per_row=self.block,
             title=f"{self.mode.capitalize()}, {self.plan.frames} latent frames", schedule=schedule, settings=settings,

@@ -194,6 +194,9 @@ def history_guidance(model, frozen, latent: dict, part: list) -> None:
     facts["history guidance, one by one"] = (single - latents["history guidance"]).abs().max().item()
     facts["history guidance, forwards"] = [sorted(set(seen)), len(seen), totals["iterations"]]
     facts["history guidance leaves"] = sorted(model.model_options["transformer_options"])
+    sample(model, empty(16), **on)
+    told = [line for line in reports if line.startswith("history guidance")]
+    facts["history guidance told"] = [told[0], told[-1]]
     facts["history guidance refuses"] = refusal(
         node, "ARVASegmentSampler", model, part, negative, latent, **SETTINGS, **on
     )

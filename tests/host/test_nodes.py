@@ -143,6 +143,8 @@ def test_history_guidance_shows_only_the_negative_branch_no_history(host) -> Non
     sizes, forwards, calls = facts["history guidance, forwards"]
     assert sizes == [1] and forwards == 2 * calls
     assert "wrappers" not in facts["history guidance leaves"]
+    line, alone = facts["history guidance told"]
+    assert line == "history guidance: on" and "no segment continues another" in alone
     assert "history_guidance" in facts["history guidance refuses"] and "area" in facts["history guidance refuses"]
 
 

@@ -74,7 +74,9 @@ def test_a_run_with_other_settings_starts_anew_and_says_what_differs(facts: dict
     line, files = facts["another seed"]
     assert line.startswith("Started anew: Checkpoint: ") and "settings seed is 8, was 7; noise is another one" in line
     assert files == ["other_00001_.mp4", "other_00001_run", "other_00002_.mp4"]
-    assert facts["resume off"].endswith("other_00003_.mp4")
+    line = facts["history guidance"]
+    assert line.startswith("Started anew: ") and "settings history_guidance is True" in line
+    assert facts["resume off"].endswith("other_00004_.mp4")
 
 
 def test_another_format_makes_the_video_again_from_the_saved_latents(facts: dict[str, Any]) -> None:
