@@ -112,11 +112,6 @@ def continued(kind: str, clips: int, seed: int, way: str = "") -> dict:
     }
 
 
-def evaluate(kind: str, clips: int, more: int, seed: int = 900) -> dict:
-    """All figures of one model, of ``clips`` prompted videos and ``more`` continuations; writes its contact sheets."""
-    return prompted(kind, clips, seed) | continuations(kind, more, seed)
-
-
 def continuations(kind: str, clips: int, seed: int = 900) -> dict:
     """Figures of the continued clips, in all ways."""
     ways = ("", *(way for way in WAYS if way != FEW or kind == "tiny-causal"))
@@ -198,21 +193,17 @@ def renew_card(known: dict[str, dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=["tiny-df", "tiny-next-clip", "tiny-causal"])
-    parser.add_argument("--clips", type=int, default=16, help="prompted videos of eight segments")
+    parser.add_argument("--clips", type=int, default=48, help="prompted videos of eight segments")
     parser.add_argument("--continued", type=int, default=48, help="real clips to continue")
-    parser.add_argument(
-        "--only-continued", action="store_true", help="leave the figures of prompted videos as they are"
-    )
+    parser.add_argument("--only", choices=("prompted", "continued"), help="leave the other figures as they are")
     arguments = parser.parse_args()
     path = WEIGHTS / "quality.json"
     for kind in arguments.models:
-        if arguments.only_continued:
-            figures = continuations(kind, arguments.continued)
-        else:
-            figures = evaluate(kind, arguments.clips, arguments.continued)
+        figures = prompted(kind, arguments.clips) if arguments.only != "continued" else {}
+        figures |= continuations(kind, arguments.continued) if arguments.only != "prompted" else {}
         print(json.dumps(figures, indent=1))
         known = json.loads(path.read_text()) if path.exists() else {}
-        known[kind] = known.get(kind, {}) | figures if arguments.only_continued else figures
+        known[kind] = known.get(kind, {}) | figures if arguments.only else figures
         path.write_text(json.dumps(known, indent=1) + "\n")
         renew_card(known)
 
