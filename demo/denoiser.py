@@ -11,7 +11,7 @@ from torch import Tensor
 from accel.attention.ann import AnnConfig
 from accel.call import Call, Kind
 from accel.flops import WanShape
-from accel.history_guidance import HiddenHistory
+from accel.history_guidance import HiddenHistory, check_strength
 from accel.kv.budget import KVBudgetConfig, StoreShape
 from accel.kv.frozen import FrozenKV, FrozenView
 from accel.kv.memory import KVMemory, make_memory
@@ -35,7 +35,8 @@ class TinyDenoiser:
             call); 0 sees the whole window.
         budget: how much K/V a causal model keeps; None keeps all. ann: how much of it a query reads; None all. calls:
             forwards of a block, see ``make_memory``.
-        history_guidance: the branch that is subtracted does not see the history either (``accel.history_guidance``).
+        history_guidance: noise level that hides the history from the branch that is subtracted, 0 for none
+            (``accel.history_guidance``).
         negative: prompt of that branch ``[B, 64, 64]``, None for the empty one; the prompt itself guides by history
             alone.
 
@@ -46,17 +47,17 @@ class TinyDenoiser:
     def __init__(
         self, model: TinyWan, context: Tensor | Mapping[int, Tensor], guidance: float = 2.0, rollout: int = 0,
         chunk: int = 0, budget: KVBudgetConfig | None = None, ann: AnnConfig | None = None, calls: int = 1,
-        history_guidance: bool = False, negative: Tensor | None = None,
+        history_guidance: float = 0.0, negative: Tensor | None = None,
     ) -> None:  # fmt: skip
         config = model.config
         self.model, self.guidance = model, guidance
         self.branches = 1 if guidance == 1.0 else 2
         self.shares_time = config.kind == "tiny-next-clip"
         self.recomputes_history = not config.causal_ar
-        if history_guidance and self.branches == 1:
-            raise ValueError("Tiny AR model: history guidance has no branch without history, since guidance is 1.")
-        self._forgetful = history_guidance and config.causal_ar
-        self._hidden = HiddenHistory(self.shares_time) if history_guidance and not config.causal_ar else None
+        check_strength(history_guidance, self.branches, config.causal_ar)
+        hides = bool(history_guidance)
+        self._forgetful = hides and config.causal_ar
+        self._hidden = HiddenHistory(history_guidance, self.shares_time) if hides and not config.causal_ar else None
         prompts = {0: context} if isinstance(context, Tensor) else context
         self._prompts = {
             segment: one

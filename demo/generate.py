@@ -66,7 +66,7 @@ def sample(
     solver: str = "euler",
     prefix: Tensor | None = None,
     make_run: MakeRun | None = None,
-    history_guidance: bool = False,
+    history_guidance: float = 0.0,
     negative: Tensor | None = None,
 ) -> Result:
     """Diffusion forcing, or next-clip continuation for a model trained for it.
@@ -100,7 +100,7 @@ def sample_causal(
     shift: float = SHIFT,
     prefix: Tensor | None = None,
     make_run: MakeRun | None = None,
-    history_guidance: bool = False,
+    history_guidance: float = 0.0,
     negative: Tensor | None = None,
 ) -> Result:
     """Block-causal rollout with a K/V store; ``renoise_seed`` samples as core's ``ar_video`` does, the rest as in

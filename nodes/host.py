@@ -220,7 +220,13 @@ class SegmentSampler(comfy.samplers.Sampler):
             if self.job.own_store(self.acceleration):
                 calls = self.job.plan.steps + 1
                 denoiser = BoundedHostDenoiser(
-                    model_wrap, extra_args, start, self.acceleration, self.job.block, calls, self.job.history_guidance
+                    model_wrap,
+                    extra_args,
+                    start,
+                    self.acceleration,
+                    self.job.block,
+                    calls,
+                    bool(self.job.history_guidance),
                 )
                 self.timeline.settings |= denoiser.notes()
             else:

@@ -72,14 +72,14 @@ class HostDenoiser:
     Args:
         guider: core's guider while it samples. extra_args: model options and seed, as core hands them to samplers.
         x: latents ``[B, C, T, H, W]`` of the whole video, for sizes. shares_time: one noise level for the whole window.
-        history_guidance: the negative branch does not see the history (``accel.history_guidance``).
+        history_guidance: noise level that hides the history from the negative branch (``accel.history_guidance``).
     """
 
     recomputes_history = True
 
     def __init__(
         self, guider: Any, extra_args: dict[str, Any], x: Tensor, shares_time: bool = False,
-        history_guidance: bool = False,
+        history_guidance: float = 0.0,
     ) -> None:  # fmt: skip
         self.guider, self.extra_args, self.shares_time = guider, extra_args, shares_time
         self._prompts, self._segment = guider.conds, -1
@@ -92,11 +92,11 @@ class HostDenoiser:
         self.shape = _shape(self.network, self._context(1).shape[1])
         self.tokens = self.shape.tokens_per_frame(x.shape[3], x.shape[4])
         self._kept: KeptAttention | None = None
-        self._hidden = HiddenHistory(shares_time) if history_guidance else None
+        self._hidden = HiddenHistory(history_guidance, shares_time) if history_guidance else None
         if history_guidance and self._shows_parts():
             raise ValueError(
                 "AR Segment Sampler: history_guidance cannot serve conditioning that covers a part of the picture "
-                "only; remove the conditioning area, or turn history_guidance off."
+                "only; remove the conditioning area, or set history_guidance to 0."
             )
 
     def show_prompt(self, segment: int) -> None:

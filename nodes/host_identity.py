@@ -37,7 +37,7 @@ def describe_run(
     plan = asdict(job.plan)
     settings = {"mode": job.mode, "solver": job.solver, "block": job.block, "cfg": job.cfg, "seed": job.seed}
     settings |= {"history_noise": job.history_noise, "sigmas": job.table.tolist(), **plan}
-    settings |= {"history_guidance": True} if job.history_guidance else {}
+    settings |= {"history_guidance": job.history_guidance} if job.history_guidance else {}
     return _plain(
         {
             "model": _weights(model) | {"graph": above.get("model")},

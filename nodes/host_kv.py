@@ -134,14 +134,14 @@ class BoundedHostDenoiser(HostDenoiser):
     Args:
         guider, extra_args, x: as of ``HostDenoiser``. acceleration: says the budget and what is read of it; without,
             all K/V are kept and read. block: latent frames denoised together. calls: forwards of a block.
-        history_guidance: the negative branch reads its own block alone and keeps nothing.
+        forgetful: the negative branch reads its own block alone and keeps nothing.
     """
 
     recomputes_history = False
 
     def __init__(
         self, guider: Any, extra_args: dict[str, Any], x: Tensor, acceleration: Acceleration, block: int, calls: int,
-        history_guidance: bool = False,
+        forgetful: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(guider, extra_args, x)
         rows, columns = self.shape.patch[1:]
@@ -152,9 +152,9 @@ class BoundedHostDenoiser(HostDenoiser):
             self.model.get_dtype_inference().itemsize, TimeRotary(embedder.axes_dim[0], embedder.theta),
         )  # fmt: skip
         self.memory = make_memory(
-            acceleration.kv_budget, shape, self.branches, block, x.shape[2], acceleration.ann, calls, history_guidance
+            acceleration.kv_budget, shape, self.branches, block, x.shape[2], acceleration.ann, calls, forgetful
         )
-        self._forgetful = history_guidance
+        self._forgetful = forgetful
         logging.info("AR Video Accelerator: K/V of %s", self.memory.note())
         self._stores = [LayerStore(self.memory, layer) for layer in range(self.shape.layers)]
         self._block = block

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from ..accel.engine import Acceleration, Run
+from ..accel.history_guidance import check_strength
 from ..accel.sampling import Progress, Segment, SegmentPlan, causal_blocks, diffusion_forcing, next_clip
 from ..accel.schedule import flow_sigmas, noise_table
 from ..accel.timeline import Timeline
@@ -40,7 +41,7 @@ class Job:
         plan: how the video is cut; for causal blocks one segment, of which only frames and steps count.
         block: latent frames denoised together.
         table: steps + 1 noise levels, float64 on the host.
-        history_guidance: whether the negative branch goes without the history.
+        history_guidance: noise level that hides the history from the negative branch, 0 for none.
     """
 
     mode: str
@@ -51,7 +52,7 @@ class Job:
     cfg: float
     seed: int
     history_noise: float
-    history_guidance: bool = False
+    history_guidance: float = 0.0
 
     def calls(self, given: int = 0) -> int:
         """Guided model calls, commits included, after ``given`` clean latent frames at the start (causal blocks)."""
@@ -104,7 +105,9 @@ class Job:
             settings[PARTS["suffix_window"]] = "suffix" + idle
         if self.history_guidance:
             idle = self.mode != CAUSAL and not any(prefix for *_, prefix in self.plan.intervals())
-            settings[HISTORY_GUIDANCE] = "on" + idle * "; no segment continues another here, so it changes nothing"
+            settings[HISTORY_GUIDANCE] = (
+                f"{self.history_guidance:g}" + idle * "; no segment continues another here, so it changes nothing"
+            )
         return Timeline(
             rows=-(-self.plan.frames // self.block), row_unit="chunk", frames_per_row=self.block,
             title=f"{self.mode.capitalize()}, {self.plan.frames} latent frames", schedule=schedule, settings=settings,
@@ -119,7 +122,7 @@ def told_settings(acceleration: Acceleration) -> dict[str, object]:
 def make_job(
     regime: str, frames: int, model_shift: float, *, mode: str, steps: int, cfg: float, seed: int, segment: int,
     overlap: int, block: int, ar_step: int, solver: str, shift: float, history_noise: float, sigmas: Tensor | None,
-    history_guidance: bool = False,
+    history_guidance: float = 0.0,
 ) -> Job:  # fmt: skip
     """Checks the widgets of the sampler against the model and the latent.
 
@@ -146,12 +149,10 @@ def make_job(
         _refuse(f"history_noise is {history_noise:g}, but causal blocks keep clean history in the K/V store; use 0")
     if not 0.0 <= history_noise < 1.0:
         _refuse(f"history_noise is {history_noise:g}; use a noise level from 0 to below 1")
-    if history_guidance and cfg == 1.0:
-        _refuse("history_guidance is on, but cfg is 1, which runs no branch that could go without the history; use a "
-                "cfg above 1, or turn it off")  # fmt: skip
     if block < 1:
         _refuse(f"block is {block}; use 1 or more latent frames")
     try:
+        check_strength(history_guidance, 1 if cfg == 1.0 else 2, causal)
         table = flow_sigmas(steps, shift or model_shift) if sigmas is None else noise_table(sigmas)
         steps = table.numel() - 1
         if causal:

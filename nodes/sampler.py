@@ -57,10 +57,11 @@ class ARVASegmentSampler(io.ComfyNode):
                 io.Float.Input("history_noise", default=0.0, min=0.0, max=0.99, step=0.01, round=0.001, advanced=True,
                                tooltip="Noise level that finished frames are shown to the model with; a little (0.02) "
                                "can steady long videos."),
-                io.Boolean.Input("history_guidance", default=False, advanced=True, optional=True,
-                                 tooltip="Hides the finished frames from the negative branch, so that cfg also draws "
-                                 "towards their motion: continuations keep closer to what was going on, at no cost. "
-                                 "Needs a cfg above 1. The same prompt in both inputs guides by history alone."),
+                io.Float.Input("history_guidance", default=0.0, min=0.0, max=1.0, step=0.05, round=0.001, advanced=True,
+                               optional=True, tooltip="Noise level that hides finished frames from the negative "
+                               "branch, so that cfg also draws towards their motion, at no cost: 0 is off, 1 hides "
+                               "them wholly, less is weaker. Needs a cfg above 1; causal blocks take 0 or 1. The same "
+                               "prompt in both inputs guides by history alone."),
                 io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels instead of steps and shift; end at 0."),
                 StreamType.Input("stream", optional=True, tooltip="Stream Segments: the video on disk while it is "
                                  "made, and runs that can be resumed."),

@@ -52,7 +52,7 @@ SIZES = st.one_of(st.integers(1, 6), st.sampled_from((0, 1, 7, 8)))
 RUNS = {
     "steps": (1, 2, 3, 8), "cfg": (1.0, 1.0, 2.0, 0.0), "mode": ("auto", "auto", "auto", "next clip"),
     "shift": (0.0, 3.0), "segment": (4, 4, 6, 16), "overlap": (0, 2), "block": (1, 2, 2), "ar_step": (0, 1, 2),
-    "history_noise": (0.0, 0.0, 0.1), "history_guidance": (False, False, False, True), "every": (1, 2),
+    "history_noise": (0.0, 0.0, 0.1), "history_guidance": (0.0, 0.0, 0.0, 1.0, 0.5), "every": (1, 2),
     "solver": ("auto", "auto", "euler", "unipc", "re-noise"),
     "coefficients": ("1, 0", "2, 0.5, 0"), "from_segment": (1, 2), "sink": (0, 1), "recent": (0, 1),
     "offload": (0, 0, 1), "budget": (2.0, 4.0, 21.0), "unit": ("latent frames", "latent frames", "GB"),

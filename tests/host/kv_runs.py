@@ -56,7 +56,7 @@ def against_core(checkpoint: str) -> None:
     latents["guided"], facts["guided"] = sample(model, latent, **CAUSAL | {"cfg": 2.0})
     small = budget(model, 9.0, "latent frames", "window", 1)
     latents["guided window"], facts["guided window"] = sample(small, latent, **CAUSAL | {"cfg": 2.0})
-    by_history = CAUSAL | {"cfg": 2.0, "history_guidance": True}
+    by_history = CAUSAL | {"cfg": 2.0, "history_guidance": 1.0}
     latents["history guided"], facts["history guided"] = sample(model, latent, **by_history)
     latents["history guided window"], facts["history guided window"] = sample(small, latent, **by_history)
     with one_forward_a_branch(model):

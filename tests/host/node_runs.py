@@ -174,13 +174,13 @@ def one_forward_a_branch(model):
 def history_guidance(model, frozen, latent: dict, part: list) -> None:
     """The same as one batch, as one forward a branch (as core does where memory is short), and beside somebody else's
     wrapper of the forward, which still gets every forward."""
-    on, key = {"history_guidance": True}, comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    on, key = {"history_guidance": 1.0}, comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
     latents["history guidance"], facts["history guidance"] = sample(model, latent, **on)
+    latents["history guidance in part"], _ = sample(model, latent, history_guidance=0.4)
+    latents["history guidance in part, next clip"], _ = sample(model, latent, mode="next clip", history_guidance=0.4)
     latents["history guidance, next clip"], _ = sample(model, latent, mode="next clip", **on)
     latents["history guidance, frozen"], facts["history guidance, frozen"] = sample(frozen, latent, **on)
-    facts["history guidance off is off"] = torch.equal(
-        sample(model, latent, history_guidance=False)[0], latents["full"]
-    )
+    facts["history guidance off is off"] = torch.equal(sample(model, latent, history_guidance=0.0)[0], latents["full"])
     seen: list[int] = []
 
     def watching(executor, *inputs, **named):
@@ -286,7 +286,8 @@ def refusals(model, latent: dict) -> None:
         "sigmas": sampler(sigmas=torch.tensor([1.0, 0.5, 0.1])),
         "rising sigmas": sampler(sigmas=torch.tensor([0.5, 1.0, 0.0])),
         "history noise": sampler(history_noise=1.0),
-        "history guidance": sampler(history_guidance=True, cfg=1.0),
+        "too much history guidance": sampler(history_guidance=1.5),
+        "history guidance": sampler(history_guidance=1.0, cfg=1.0),
         "thresholds": refusal(node, "ARVATriModalScheduler", model, 0.7, 0.6, "log-snr", "2", 0.75, 5, 1, 0.0),
         "decay": refusal(node, "ARVATriModalScheduler", model, 0.0, 0.6, "log-snr", "1", 0.0, 5, 1, 0.0),
         "threshold": refusal(node, "ARVAHistoryGuidedCache", model, -1.0, "auto", 5, 2),
@@ -325,7 +326,10 @@ def causal_blocks(checkpoint: str) -> None:
     unreadable = node("ARVATriModalScheduler", model, 0.0, 0.6, "history-mod", "1", 0.75, 5, 1, 0.0)[0]
     facts["refusals"] |= {
         "unipc": refusal(sample, model, latent, **CAUSAL, solver="unipc"),
-        "causal history guidance": refusal(sample, model, latent, **CAUSAL, history_guidance=True),
+        "causal history guidance": refusal(sample, model, latent, **CAUSAL, history_guidance=1.0),
+        "causal history guidance in part": refusal(
+            sample, model, latent, **CAUSAL | {"cfg": 2.0}, history_guidance=0.5
+        ),
         "history signal": refusal(sample, unreadable, latent, **CAUSAL),
     }
 

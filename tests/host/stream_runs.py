@@ -213,7 +213,7 @@ def other_settings(model, expected: torch.Tensor, images: torch.Tensor) -> None:
     cut_off(model, 17, stop, 24, FRAMES, "other", codec)
     _, _, lines, _ = sample(model, 24, FRAMES | {"seed": 8}, "other", codec)
     facts["another seed"] = [lines[0], listing("other")]
-    _, _, lines, _ = sample(model, 24, FRAMES | {"history_guidance": True}, "other", codec)
+    _, _, lines, _ = sample(model, 24, FRAMES | {"history_guidance": 0.5}, "other", codec)
     facts["history guidance"] = lines[0]
     _, _, lines, _ = sample(model, 24, FRAMES, "other", codec, resume=False)
     facts["resume off"] = lines[-1]

@@ -45,7 +45,7 @@ def test_the_host_equals_the_library(host, checkpoints, name, cfg, budget, steps
     facts, latents = host
     model = load_model(checkpoints["causal"])
     noise = torch.randn((2, 16, 14, 8, 8), generator=torch.Generator().manual_seed(7))
-    by_history = {"history_guidance": name.startswith("history guided")}
+    by_history = {"history_guidance": float(name.startswith("history guided"))}
     prompt = embed_text(TEXT).expand(2, -1, -1)
     denoiser = TinyDenoiser(model, prompt, cfg, rollout=14, budget=budget, **by_history).sized(noise)
     scheduler = SchedulerConfig(TriModalConfig(0.3, 2.0), "log-snr", reach=None) if "fast" in name else None

@@ -74,7 +74,7 @@ def host(
 
 
 def library(
-    path: Path, frames: int, batch: int = 1, cfg: float = 2.0, kind: str | None = None, history_guidance: bool = False
+    path: Path, frames: int, batch: int = 1, cfg: float = 2.0, kind: str | None = None, history_guidance: float = 0.0
 ) -> tuple:
     """The tiny model as ``accel`` sees it, and the start noise of seed 7."""
     model = load_model(path)
@@ -107,20 +107,22 @@ def difference(left: Tensor, right: Tensor) -> float:
         ("chunks", diffusion_forcing, Acceleration(chunks=CHUNKS), {"solver": "unipc"}),
         ("timed chunks", diffusion_forcing, Acceleration(chunks=TIMED), {}),
         ("noised history", diffusion_forcing, Acceleration(), {"history_noise": 0.05}),
-        ("history guidance", diffusion_forcing, Acceleration(), {"history_guidance": True}),
-        ("history guidance, next clip", next_clip, Acceleration(), {"history_guidance": True}),
+        ("history guidance", diffusion_forcing, Acceleration(), {"history_guidance": 1.0}),
+        ("history guidance in part", diffusion_forcing, Acceleration(), {"history_guidance": 0.4}),
+        ("history guidance in part, next clip", next_clip, Acceleration(), {"history_guidance": 0.4}),
+        ("history guidance, next clip", next_clip, Acceleration(), {"history_guidance": 1.0}),
         (
             "history guidance, frozen",
             diffusion_forcing,
             Acceleration(scheduler=SCHEDULE, frozen_window=FrozenConfig(0.5)),
-            {"history_guidance": True},
+            {"history_guidance": 1.0},
         ),
     ],
 )
 def test_segments_equal_the_library(host, checkpoints, name, loop, acceleration, options) -> None:
     options = dict(options)
     kind = "tiny-next-clip" if loop is next_clip else None
-    guided = options.pop("history_guidance", False)
+    guided = options.pop("history_guidance", 0.0)
     denoiser, noise = library(checkpoints["frames"], FRAMES, 1, options.pop("cfg", 2.0), kind, guided)
     timeline = Timeline()
     run = Run(acceleration, denoiser, timeline)
@@ -144,7 +146,7 @@ def test_history_guidance_shows_only_the_negative_branch_no_history(host) -> Non
     assert sizes == [1] and forwards == 2 * calls
     assert "wrappers" not in facts["history guidance leaves"]
     line, alone = facts["history guidance told"]
-    assert line == "history guidance: on" and "no segment continues another" in alone
+    assert line == "history guidance: 1" and "no segment continues another" in alone
     assert "history_guidance" in facts["history guidance refuses"] and "area" in facts["history guidance refuses"]
 
 
@@ -249,6 +251,8 @@ REFUSED = {
     "history noise": ("AR Segment Sampler", "history_noise is 1"),
     "history guidance": ("AR Segment Sampler", "cfg is 1"),
     "causal history guidance": ("AR Segment Sampler", "cfg is 1"),
+    "causal history guidance in part": ("AR Segment Sampler", "nothing between"),
+    "too much history guidance": ("AR Segment Sampler", "history_guidance is 1.5"),
     "unipc": ("AR Segment Sampler", "unipc"),
     "thresholds": ("Tri-Modal Scheduler", "cache_below 0.7"),
     "decay": ("Tri-Modal Scheduler", "decay is 0.0"),

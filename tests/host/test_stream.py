@@ -75,7 +75,7 @@ def test_a_run_with_other_settings_starts_anew_and_says_what_differs(facts: dict
     assert line.startswith("Started anew: Checkpoint: ") and "settings seed is 8, was 7; noise is another one" in line
     assert files == ["other_00001_.mp4", "other_00001_run", "other_00002_.mp4"]
     line = facts["history guidance"]
-    assert line.startswith("Started anew: ") and "settings history_guidance is True" in line
+    assert line.startswith("Started anew: ") and "settings history_guidance is 0.5, was None" in line
     assert facts["resume off"].endswith("other_00004_.mp4")
 
 

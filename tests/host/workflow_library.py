@@ -63,7 +63,7 @@ def library_latents(graph: dict[str, dict[str, Any]], model: TinyWan, sampler_id
         raise ValueError("The library's twin knows an empty negative prompt, no history noise and no sigmas input.")
     acceleration = _acceleration(graph, sampler["model"][0], model)
     settings = {"guidance": sampler["cfg"], "shift": sampler["shift"]}
-    told = {"history_guidance": sampler.get("history_guidance", False)}
+    told = {"history_guidance": sampler.get("history_guidance", 0.0)}
     with torch.inference_mode():
         if sampler["mode"] == "causal blocks":
             steps = {"steps": sampler["steps"], "renoise_seed": None if sampler["solver"] == "euler" else seed}
