@@ -14,6 +14,7 @@ between two calls, are not served. Nothing uses it unless asked to: wrap a denoi
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
@@ -183,7 +184,7 @@ class FullMemory:
     """A ``KVMemory`` whose rings are full: every read has one length, and a block's places come as a tensor."""
 
     def __init__(self, memory: KVMemory, slots: Sequence[Sequence[PlainSlots]]) -> None:
-        self.stores, self._slots = memory.stores, slots
+        self.stores, self._slots, self._branches = memory.stores, slots, memory.branches
         self._places: Tensor | None = None
 
     @classmethod
@@ -213,8 +214,11 @@ class FullMemory:
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """As ``KVMemory.attend``, without anything but tensors."""
         answers = []
-        sides = (side.chunk(len(self.stores)) for side in (queries, keys, values))
-        for row, q, k, v in zip(self._slots, *sides, strict=True):
+        sides = (side.chunk(self._branches) for side in (queries, keys, values))
+        for row, q, k, v in zip_longest(self._slots, *sides):
+            if row is None:  # a branch that keeps nothing
+                answers.append(attend(q, k, v))
+                continue
             slots = row[layer]
             slots.keys.index_copy_(1, self._places, k.to(slots.keys.dtype))
             slots.values.index_copy_(1, self._places, v.to(slots.values.dtype))

@@ -218,16 +218,8 @@ class SegmentSampler(comfy.samplers.Sampler):
             if prefix is not None:
                 prefix = model_wrap.inner_model.process_latent_in(prefix).to(start).expand(len(start), -1, -1, -1, -1)
             if self.job.own_store(self.acceleration):
-                calls = self.job.plan.steps + 1
-                denoiser = BoundedHostDenoiser(
-                    model_wrap,
-                    extra_args,
-                    start,
-                    self.acceleration,
-                    self.job.block,
-                    calls,
-                    bool(self.job.history_guidance),
-                )
+                told = (self.acceleration, self.job.block, self.job.plan.steps + 1, bool(self.job.history_guidance))
+                denoiser = BoundedHostDenoiser(model_wrap, extra_args, start, *told)
                 self.timeline.settings |= denoiser.notes()
             else:
                 denoiser = CausalHostDenoiser(model_wrap, extra_args, start)

@@ -26,7 +26,7 @@ from ..accel.readback import on_device
 from .host_attention import ATTENTION, KeptAttention
 from .prompts import at_segment
 
-FORWARD = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+APPLY = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 UNCONDITIONAL = 1  # what core's list of the branches in a batch calls the negative one
 KEEP_SHARE = 0.8  # of the free memory that kept K/V may take
 
@@ -34,7 +34,8 @@ KEEP_SHARE = 0.8  # of the free memory that kept K/V may take
 def per_frame_sampling(sampling: torch.nn.Module) -> torch.nn.Module:
     """A copy of a flow model's ``model_sampling`` that can give every latent frame a noise level of its own.
 
-    Its ``levels`` ``[T]`` (or ``[1]``, shared) hold for the call being made; None is the original.
+    Its ``levels`` ``[T]`` (or ``[1]``, shared; or ``[B, T]``, one row a batch entry) hold for the call being made; None
+    is the original.
     """
 
     class PerFrame(type(sampling)):
@@ -43,7 +44,7 @@ def per_frame_sampling(sampling: torch.nn.Module) -> torch.nn.Module:
         def timestep(self, sigma: Tensor) -> Tensor:
             if self.levels is None:
                 return super().timestep(sigma)
-            return super().timestep(self.levels)[None].expand(sigma.shape[0], -1)
+            return super().timestep(torch.atleast_2d(self.levels)).expand(sigma.shape[0], -1)
 
         def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
             if self.levels is None:
@@ -56,8 +57,8 @@ def per_frame_sampling(sampling: torch.nn.Module) -> torch.nn.Module:
 
 
 def over_frames(levels: Tensor) -> Tensor:
-    """``[T]`` shaped to act on latents ``[B, C, T, H, W]``."""
-    return levels[None, None, :, None, None]
+    """``[T]`` or ``[B, T]`` shaped to act on latents ``[B, C, T, H, W]``."""
+    return torch.atleast_2d(levels)[:, None, :, None, None]
 
 
 def velocity_of(x: Tensor, denoised: Tensor, levels: Tensor) -> Tensor:
@@ -129,8 +130,8 @@ class HostDenoiser:
                 self.transformer_options[ATTENTION] = self._kept.attention(call, before[ATTENTION])
             if hidden is not None:
                 others = before["wrappers"] or {}
-                forward = others.get(FORWARD, {}) | {"arva_history_guidance": [hidden]}
-                self.transformer_options["wrappers"] = others | {FORWARD: forward}
+                apply = others.get(APPLY, {}) | {"arva_history_guidance": [hidden]}
+                self.transformer_options["wrappers"] = others | {APPLY: apply}
             denoised = self.guider(x, levels.max().expand(self.batch), **self.extra_args)
         finally:
             sampling.levels = None
@@ -142,25 +143,24 @@ class HostDenoiser:
         return velocity_of(x, denoised, levels)
 
     def _blind(self, call: Call, x: Tensor, levels: Tensor, asked: slice) -> Callable:
-        """Wrapper of the model's forward that shows the negative branch, wherever it is in the batch, the ``asked``
+        """Wrapper of core's ``apply_model`` that shows the negative branch, wherever it is in the batch, the ``asked``
         frames of a window without its history."""
-        told = levels.expand(len(x), x.shape[2])
-        latents, told = (value[..., asked, :, :] if value.ndim == 5 else value[:, asked]
-                         for value in self._hidden(call, x, told))  # fmt: skip
-        times = self.model.model_sampling.timestep(told)
+        sampling, told = self.model.model_sampling, levels.expand(len(x), x.shape[2])
+        latents, blind = self._hidden(call, x, told)
+        latents, blind, told = latents[:, :, asked], blind[:, asked], told[:, asked]
 
-        def wrapper(
-            executor: Callable, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None = None,
-            time_dim_concat: Tensor | None = None, transformer_options: Mapping[str, Any] | None = None, **others: Any,
-        ) -> Tensor:  # fmt: skip
-            branches = transformer_options["cond_or_uncond"]
-            x, timestep = x.clone(), timestep.clone()
-            for index, branch in enumerate(branches):
-                if branch == UNCONDITIONAL:
-                    entries = slice(index * len(latents), (index + 1) * len(latents))
-                    x[entries, : latents.shape[1]] = latents.to(x)
-                    timestep[entries] = times[:, : timestep.shape[1]].to(timestep)
-            return executor(x, timestep, context, clip_fea, time_dim_concat, transformer_options, **others)
+        def wrapper(executor: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            given = [*args, *kwargs.values()]
+            options = next(one for one in given if isinstance(one, dict) and "cond_or_uncond" in one)
+            branches, before = options["cond_or_uncond"], sampling.levels
+            parts = zip(x.chunk(len(branches)), branches, strict=True)
+            x = torch.cat([latents.to(part) if branch == UNCONDITIONAL else part for part, branch in parts])
+            if not self.shares_time:
+                sampling.levels = torch.cat([blind if branch == UNCONDITIONAL else told for branch in branches])
+            try:
+                return executor(x, *args, **kwargs)
+            finally:
+                sampling.levels = before
 
         return wrapper
 

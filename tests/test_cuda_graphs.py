@@ -43,12 +43,12 @@ def anywhere(store, device, model=None):
     return ok, reason
 
 
-def denoiser(guidance: float = 2.0, budget=BUDGET, ann=None) -> TinyDenoiser:
+def denoiser(guidance: float = 2.0, budget=BUDGET, ann=None, **options) -> TinyDenoiser:
     torch.manual_seed(0)
     config = TinyConfig(24, 24, 2, 2, freq_dim=16, causal_ar=True, block=2)
     model = TinyWan(config).eval().requires_grad_(False)
     prompts = {0: torch.ones(1, 4, 64), 3: torch.zeros(1, 4, 64)}
-    return TinyDenoiser(model, prompts, guidance, NOISE.shape[2], budget=budget, ann=ann).sized(NOISE)
+    return TinyDenoiser(model, prompts, guidance, NOISE.shape[2], budget=budget, ann=ann, **options).sized(NOISE)
 
 
 def roll(one, acceleration: Acceleration | None = None, block: int = 2):
@@ -58,14 +58,18 @@ def roll(one, acceleration: Acceleration | None = None, block: int = 2):
 
 
 @pytest.mark.parametrize(
-    ("guidance", "acceleration"),
-    [(2.0, Acceleration()), (1.0, Acceleration(scheduler=SchedulerConfig(), compute_last=False))],
-    ids=["guided", "with skips"],
+    ("guidance", "acceleration", "options"),
+    [
+        (2.0, Acceleration(), {}),
+        (1.0, Acceleration(scheduler=SchedulerConfig(), compute_last=False), {}),
+        (2.0, Acceleration(), {"history_guidance": 1.0}),
+    ],
+    ids=["guided", "with skips", "by history"],
 )
-def test_a_replayed_rollout_is_the_rollout(guidance, acceleration):
+def test_a_replayed_rollout_is_the_rollout(guidance, acceleration, options):
     """Over many blocks, prompts that change, a sink that is turned, skips, commits and a shorter last block."""
-    plain, expected = roll(denoiser(guidance), acceleration)
-    graphed = GraphedDenoiser(denoiser(guidance), traced, anywhere)
+    plain, expected = roll(denoiser(guidance, **options), acceleration)
+    graphed = GraphedDenoiser(denoiser(guidance, **options), traced, anywhere)
     out, run = roll(graphed, acceleration)
     assert torch.allclose(out, plain, atol=1e-5)
     assert [r.decision for r in run.timeline.records] == [r.decision for r in expected.timeline.records]

@@ -128,6 +128,11 @@ class KVMemory:
         return sum(store.nbytes for store in self.stores) + self._scratch.nbytes + selections
 
     @property
+    def branches(self) -> int:
+        """CFG branches that attend, the one that keeps nothing among them."""
+        return len(self.stores) + self._blind
+
+    @property
     def keys(self) -> float:
         """Tokens that a query reads, the mean over layers, heads and branches."""
         counts = [store.keys for store in self.stores] + [self._block * self.layout.tokens] * self._blind
@@ -155,7 +160,7 @@ class KVMemory:
             branches: which ones, in the batch's order; None for all.
         """
         if branches is None:
-            branches = range(len(self.stores) + self._blind)
+            branches = range(self.branches)
         sides = (side.chunk(len(branches)) for side in (queries, keys, values))
         parts = [self._attend(layer, branch, *own) for branch, *own in zip(branches, *sides, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

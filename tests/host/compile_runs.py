@@ -72,6 +72,8 @@ def main(frames_file: str, causal_file: str, backend: str = "count") -> None:
     compare("core's store", causal, short, backend, **few)
     bounded = node("ARVAKVCacheBudget", causal, 9.0, "latent frames", "window", 1)[0]
     compare("bounded store", bounded, short, backend, **few | {"cfg": 2.0})
+    compare("history guidance", model, latent, backend, history_guidance=1.0, **small)
+    compare("history guidance, store", bounded, short, backend, **few | {"cfg": 2.0, "history_guidance": 1.0})
 
 
 if __name__ == "__main__":

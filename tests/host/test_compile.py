@@ -12,7 +12,10 @@ from .test_nodes import checkpoints  # noqa: F401
 
 pytestmark = pytest.mark.long
 SCRIPT = Path(__file__).with_name("compile_runs.py")
-CASES = ("plain", "suffix window", "frozen K/V", "next clip", "core's store", "bounded store")
+CASES = (
+    "plain", "suffix window", "frozen K/V", "next clip", "core's store", "bounded store", "history guidance",
+    "history guidance, store",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,6 @@ def test_a_compiled_model_makes_the_same_video_in_the_same_calls(host, name) -> 
     assert told["difference"] < 1e-5 and told["same calls"]
 
 
-@pytest.mark.parametrize("name", ["plain", "suffix window", "next clip", "core's store"])
+@pytest.mark.parametrize("name", ["plain", "suffix window", "next clip", "core's store", "history guidance"])
 def test_it_is_compiled_for_kinds_of_forwards_and_not_for_steps(host, name) -> None:
     assert 1 <= host[name]["graphs"] <= 8
