@@ -27,6 +27,8 @@ from .prompt import embed_scenes
 
 SEGMENTS = 8
 FEW, BY_HISTORY = WAYS = "4_steps_", "history_guidance_"  # further ways to continue clips; begin their figures' names
+STEADIED = "history_noise_"  # begins the names of the figures of prompted videos whose history is shown a little noisy
+HISTORY_NOISE = 0.03
 START, END = "<!-- figures -->", "<!-- end of figures -->"
 COMPACT = 1.3  # spread over that of a disc of equal area above which a shape counts as torn
 
@@ -58,8 +60,11 @@ def compactness(reading: Reading) -> float:
     return float(((reading.spread / disc) < COMPACT)[seen].float().mean())
 
 
-def long_clips(kind: str, context: Tensor, seeds: list[int], steps: int = 50, few: bool = False) -> tuple[Tensor, list]:
-    """Eight segments of prompted video: latents and the ``(start, end)`` of each segment."""
+def long_clips(
+    kind: str, context: Tensor, seeds: list[int], steps: int = 50, few: bool = False, history_noise: float = 0.0
+) -> tuple[Tensor, list]:
+    """Eight segments of prompted video: latents and the ``(start, end)`` of each segment. ``few`` is for the causal
+    model, ``history_noise`` for the others."""
     model = load(kind)
     if kind == "tiny-causal":
         noise = start_noise(seeds, CAUSAL_FRAMES)
@@ -69,7 +74,8 @@ def long_clips(kind: str, context: Tensor, seeds: list[int], steps: int = 50, fe
     plan = PLAN if kind == "tiny-df" else NEXT_CLIP_PLAN
     plan = replace(lasting(plan, SEGMENTS), steps=steps)
     bounds = [(start + prefix, end) for start, end, prefix in plan.intervals()]
-    return sample(model, context, start_noise(seeds, plan.frames), plan=plan).latents, bounds
+    noise = start_noise(seeds, plan.frames)
+    return sample(model, context, noise, plan=plan, history_noise=history_noise).latents, bounds
 
 
 def few_steps(seeds: list[int]) -> dict[str, Any]:
@@ -120,23 +126,38 @@ def continuations(kind: str, clips: int, seed: int = 900) -> dict:
 
 def prompted(kind: str, clips: int, seed: int = 900) -> dict:
     """Figures of the prompted videos; writes their contact sheets."""
-    codec, judge = TinyCodec.load(), load_judge()
-    seeds = list(range(seed, seed + clips))
-    scenes = simulate(seed, clips, 16, cuts=0.0)
-    truth = codec.decode(codec.encode(render(scenes)))
-    real = read(judge, truth)
+    codec, scenes = TinyCodec.load(), simulate(seed, clips, 16, cuts=0.0)
+    real = read(load_judge(), codec.decode(codec.encode(render(scenes))))
     figures = {"model": kind, "clips": clips, "real_motion": motion(track(real, scenes.colour))}
     figures["real_accuracy"] = segment_accuracy(real, scenes, [(0, 16)])[0]
     for few in (False, True) if kind == "tiny-causal" else (False,):
-        latents, bounds = long_clips(kind, embed_scenes(scenes), seeds, few=few)
-        video = codec.decode(latents)
-        reading = read(judge, video)
-        name = FEW if few else ""
-        figures[name + "attribute_accuracy"] = segment_accuracy(reading, scenes, bounds)
-        figures[name + "motion"] = motion(track(reading, scenes.colour))
-        figures[name + "one_thing"] = compactness(reading)
+        told, video = judged(kind, scenes, seed, few=few)
+        figures |= {(FEW if few else "") + name: value for name, value in told.items()}
         contact_sheet(video[:6], WEIGHTS / f"{kind}{'-4-steps' if few else ''}.png", columns=17)
     return figures
+
+
+def steadied(kind: str, clips: int, seed: int = 900) -> dict:
+    """Figures of the same videos where the finished frames are shown to the model with a little noise; none for a
+    causal model, whose K/V are of clean frames."""
+    if kind == "tiny-causal":
+        return {}
+    told, _ = judged(kind, simulate(seed, clips, 16, cuts=0.0), seed, history_noise=HISTORY_NOISE)
+    return {STEADIED + name: value for name, value in told.items()}
+
+
+def judged(kind: str, scenes: Scenes, seed: int, **options: Any) -> tuple[dict, Tensor]:
+    """Figures of videos of these scenes' prompts, and the videos; ``options`` of ``long_clips``."""
+    seeds = list(range(seed, seed + len(scenes.colour)))
+    latents, bounds = long_clips(kind, embed_scenes(scenes), seeds, **options)
+    video = TinyCodec.load().decode(latents)
+    reading = read(load_judge(), video)
+    figures = {"attribute_accuracy": segment_accuracy(reading, scenes, bounds)}
+    figures["motion"] = motion(track(reading, scenes.colour))
+    return figures | {"one_thing": compactness(reading)}, video
+
+
+FIGURES = {"prompted": prompted, "steadied": steadied, "continued": continuations}
 
 
 def figures_table(known: dict[str, dict]) -> str:
@@ -163,11 +184,15 @@ def figures_table(known: dict[str, dict]) -> str:
         value = figures.get(BY_HISTORY + "continuation_psnr")
         return "" if value is None else f"{value:.1f} dB"
 
+    def steady(figures: dict) -> str:
+        return accuracy(figures, STEADIED + "attribute_accuracy")
+
     rows = [
         line("", lambda one: f"`{one['model']}`, {one['clips']} clips"),
         "|-" * (len(models) + 1) + "|",
         line("prompted shapes shown with the right kind, segments 1 and 8", accuracy),
         line("the same with four steps", lambda one: accuracy(one, FEW + "attribute_accuracy")),
+        line(f"the same with history noise {HISTORY_NOISE:g}", steady),
         line("of real clips", lambda one: f"{100 * one['real_accuracy']:.0f} %"),
         line("clips continued", lambda one: f"{one['continued_clips']}"),
         line("their centre error against the simulation, mean", centre),
@@ -195,12 +220,13 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=["tiny-df", "tiny-next-clip", "tiny-causal"])
     parser.add_argument("--clips", type=int, default=48, help="prompted videos of eight segments")
     parser.add_argument("--continued", type=int, default=48, help="real clips to continue")
-    parser.add_argument("--only", choices=("prompted", "continued"), help="leave the other figures as they are")
+    parser.add_argument("--only", choices=FIGURES, help="leave the other figures as they are")
     arguments = parser.parse_args()
     path = WEIGHTS / "quality.json"
     for kind in arguments.models:
-        figures = prompted(kind, arguments.clips) if arguments.only != "continued" else {}
-        figures |= continuations(kind, arguments.continued) if arguments.only != "prompted" else {}
+        figures = {}
+        for part in (arguments.only,) if arguments.only else FIGURES:
+            figures |= FIGURES[part](kind, arguments.continued if part == "continued" else arguments.clips)
         print(json.dumps(figures, indent=1))
         known = json.loads(path.read_text()) if path.exists() else {}
         known[kind] = known.get(kind, {}) | figures if arguments.only else figures

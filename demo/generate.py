@@ -68,13 +68,14 @@ def sample(
     make_run: MakeRun | None = None,
     history_guidance: float = 0.0,
     negative: Tensor | None = None,
+    history_noise: float = 0.0,
 ) -> Result:
     """Diffusion forcing, or next-clip continuation for a model trained for it.
 
     Args:
         context: prompts ``[B, 64, 64]``, or several by the segment each begins at. noise: ``[B, 16, frames, H, W]``.
         make_run: makes the engine of this run; None for one of ``acceleration``.
-        history_guidance, negative: see ``TinyDenoiser``.
+        history_guidance, negative: see ``TinyDenoiser``. history_noise: see ``diffusion_forcing``.
     """
     denoiser = TinyDenoiser(model, context, guidance, history_guidance=history_guidance, negative=negative).sized(noise)
     timeline = Timeline(row_unit="chunk", frames_per_row=plan.block, title=f"{model.config.kind}, {plan.steps} steps")
@@ -84,7 +85,8 @@ def sample(
     started = time.process_time()
     with torch.inference_mode():
         table = flow_sigmas(plan.steps, SHIFT)
-        pieces = [segment.latents for segment in loop(run, noise, plan, table, solver=solver, prefix=prefix)]
+        segments = loop(run, noise, plan, table, solver=solver, history_noise=history_noise, prefix=prefix)
+        pieces = [segment.latents for segment in segments]
     latents = torch.cat(pieces if prefix is None else [prefix, *pieces], 2)
     return Result(latents, timeline, time.process_time() - started)
 
