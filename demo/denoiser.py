@@ -59,12 +59,12 @@ class TinyDenoiser:
         self._forgetful = hides and config.causal_ar
         self._hidden = HiddenHistory(history_guidance, self.shares_time) if hides and not config.causal_ar else None
         prompts = {0: context} if isinstance(context, Tensor) else context
-        self._prompts = {
-            segment: one
-            if self.branches == 1
-            else torch.cat((one, torch.zeros_like(one) if negative is None else negative))
-            for segment, one in prompts.items()
-        }
+        if self.branches == 2:
+            prompts = {
+                segment: torch.cat((one, torch.zeros_like(one) if negative is None else negative))
+                for segment, one in prompts.items()
+            }
+        self._prompts = prompts
         self._rollout, self._chunk, self._memory = rollout, chunk, (budget, ann, calls)
         self._bounded = budget is not None or ann is not None or self._forgetful
         self._kept: FrozenKV | None = None

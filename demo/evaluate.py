@@ -87,9 +87,9 @@ def continuation(kind: str, scenes: Scenes, latents: Tensor, seeds: list[int], w
     """Latents ``[B, 16, 16, 8, 8]``: the first four of real clips, and the model's continuation; ``way`` is one of
     ``WAYS``: four steps, or guided by the history alone, with the prompt in both branches."""
     model, context, prefix = load(kind), embed_scenes(scenes), latents[:, :, :4]
-    options: dict[str, Any] = {"history_guidance": 1.0, "negative": context} if way == BY_HISTORY else {}
+    by_history = {"guidance": GUIDANCE, "history_guidance": 1.0, "negative": context}
+    options: dict[str, Any] = {FEW: few_steps(seeds), BY_HISTORY: by_history}.get(way, {})
     if kind == "tiny-causal":
-        options |= {"guidance": GUIDANCE} if options else few_steps(seeds) if way == FEW else {}
         return sample_causal(model, context, start_noise(seeds, 16), prefix=prefix, **options).latents
     plan = replace(PLAN if kind == "tiny-df" else NEXT_CLIP_PLAN, frames=16)
     noise = start_noise(seeds, 16)

@@ -91,7 +91,6 @@ def test_a_trained_model_keeps_closer_to_the_motion_of_its_history() -> None:
             history_guidance=history_guidance,
         ).latents  # fmt: skip
         error.append(float((made - latents)[:, :, 4:].square().mean()))
-    print(error)
     assert error[1] < 0.9 * error[0], error
 
 
