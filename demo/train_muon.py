@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device has units for matrices in bfloat16."""
-    return device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    """Whether the device has units for matrices in bfloat16; on a CPU AMX or AVX-512 BF16."""
+    return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 class Muon(torch.optim.Optimizer):
