@@ -22,6 +22,7 @@ LENGTHS = {  # latent frames of a clip, drawn anew each step; shorter clips, mor
     "tiny-next-clip": (16,),
     "tiny-causal": (32, 16, 8, 4, 4),
 }
+NEAR_ONE = 20.0  # noise-level shift of the steps where a sampler settles where things are
 SUBSTEPS = 16  # of the teacher between noise and clip in consistency distillation
 FEW_STEP_SHIFT = 5.0  # noise-level shift of core's 4-step sampler
 TAUGHT_GUIDANCE = 2.0
@@ -44,15 +45,27 @@ def forget(scenes: Scenes, generator: torch.Generator, block: int = 4) -> tuple[
     return chosen, few
 
 
+def clip_levels(generator: torch.Generator, clips: int) -> Tensor:
+    """Noise level of each clip ``[B, 1]``: logit-normal, even over the steps of a sampler, or near pure noise."""
+    normal = shifted(torch.sigmoid(torch.randn(clips, 1, generator=generator)), SHIFT)
+    even = torch.rand(clips, 1, generator=generator)
+    pick = torch.rand(clips, 1, generator=generator)
+    rest = torch.where(pick < 0.65, shifted(even, SHIFT), shifted(even, NEAR_ONE))
+    return torch.where(pick < 0.4, normal, rest)
+
+
 def noise_levels(generator: torch.Generator, clips: int, frames: int, block: int = 4) -> Tensor:
     """Noise level of each latent frame ``[B, T]``: independent, shared or, most often, a staircase, as videos are
-    sampled; three quarters of the clips with a clean prefix."""
+    sampled, a third of those where a block is near pure noise; three quarters of the clips with a clean prefix."""
     independent = shifted(torch.sigmoid(torch.randn(clips, frames, generator=generator)), SHIFT)
-    shared = shifted(torch.sigmoid(torch.randn(clips, 1, generator=generator)), SHIFT).expand(-1, frames)
+    shared = clip_levels(generator, clips).expand(-1, frames)
     lag = torch.randint(1, 16, (clips, 1), generator=generator) / 50
     index = torch.arange(frames)[None] // block
     depth = (frames - 1) // block * lag
-    start = torch.rand(clips, 1, generator=generator) * (1 + depth) - depth
+    even = torch.rand(clips, 1, generator=generator)
+    begins = torch.randint(frames // block, (clips, 1), generator=generator) * lag
+    near_one = torch.rand(clips, 1, generator=generator) < 0.35
+    start = torch.where(near_one, shifted(even, NEAR_ONE / SHIFT) - begins, even * (1 + depth) - depth)
     staircase = shifted((start + index * lag).clamp(0, 1), SHIFT)
     pick = torch.rand(clips, 1, generator=generator)
     sigma = torch.where(pick < 0.15, independent, torch.where(pick < 0.4, shared, staircase))
@@ -120,7 +133,7 @@ class Objective:
         if self.kind == "tiny-causal":
             return self.causal(model, x0, history, noise, context, generator)
         if self.kind == "tiny-next-clip":
-            told = shifted(torch.sigmoid(torch.randn(len(x0), 1, generator=generator)), SHIFT).expand(-1, frames)
+            told = clip_levels(generator, len(x0)).expand(-1, frames)
             prefix = 4 * (torch.rand(len(x0), 1, generator=generator) < 0.75)
             sigma = torch.where(torch.arange(frames)[None] < prefix, torch.zeros(()), told)
         else:

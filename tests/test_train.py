@@ -14,7 +14,7 @@ from demo.prompt import embed_text, pack
 from demo.train import Together, between, curve_until, newest
 from demo.train_forward import HalfForward, stretches
 from demo.train_muon import Muon, orthogonalise
-from demo.train_objective import Objective, forget, noise_levels, teacher_mask
+from demo.train_objective import Objective, clip_levels, forget, noise_levels, teacher_mask
 
 
 def test_newton_schulz_brings_all_singular_values_close_to_one():
@@ -43,6 +43,15 @@ def test_noise_levels_mix_clean_prefixes_staircases_and_free_frames():
     assert 0.72 < float(prefixed) < 0.87
     rising = (sigma.diff() >= 0).all(1).float().mean()
     assert 0.3 < float(rising) < 0.9
+
+
+def test_levels_are_of_all_heights_and_often_near_pure_noise():
+    level = clip_levels(torch.Generator().manual_seed(4), 4000)
+    assert level.shape == (4000, 1) and level.min() >= 0 and level.max() <= 1
+    assert 0.18 < float((level > 0.95).float().mean()) < 0.27  # 0.03 of logit-normal ones
+    assert 0.1 < float((level < 0.5).float().mean()) < 0.25
+    frames = noise_levels(torch.Generator().manual_seed(4), 4000, 16)
+    assert 0.3 < float(((frames > 0.95) & (frames < 1)).any(1).float().mean()) < 0.4
 
 
 def test_some_histories_forget_one_shape_up_to_the_end_of_a_block():
