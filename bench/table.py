@@ -38,12 +38,14 @@ def average(group: Group, key: str) -> float | None:
     return fmean(values) if values else None
 
 
-def _number(group: Group, key: str, form: str, scale: float = 1.0) -> str:
+def figure(group: Group, key: str, form: str, scale: float = 1.0) -> str:
+    """Mean of a figure as text, empty where no clip has it."""
     value = average(group, key)
     return "" if value is None else form.format(value * scale)
 
 
-def _range(group: Group, key: str, digits: int) -> str:
+def spread(group: Group, key: str, digits: int) -> str:
+    """Mean of a figure with its interval, empty where no clip has it."""
     values = [entry[key] for entry in group if entry[key] is not None]
     if not values:
         return ""
@@ -57,16 +59,16 @@ def _line(group: Group) -> str:
     cells = (
         group[0]["method"] + ("" if budget is None else f", {budget:g}x"),
         " / ".join(f"{count:.0f}" for count in calls),
-        _number(group, "flops", "{:.0f}", 1e-9),
-        _number(group, "flop_ratio", "{:.2f}x"),
-        _number(group, "time_ratio", "{:.2f}x"),
-        _number(group, "realised", "{:.2f}"),
-        _range(group, "psnr", 2),
-        _range(group, "ssim", 4),
-        _number(group, "latent_rel_l2", "{:.3f}"),
-        _number(group, "drift_db_per_segment", "{:+.2f}"),
-        _number(group, "attribute_accuracy", "{:.3f}"),
-        _number(group, "state_bytes", "{:.0f}", 1e-3),
+        figure(group, "flops", "{:.0f}", 1e-9),
+        figure(group, "flop_ratio", "{:.2f}x"),
+        figure(group, "time_ratio", "{:.2f}x"),
+        figure(group, "realised", "{:.2f}"),
+        spread(group, "psnr", 2),
+        spread(group, "ssim", 4),
+        figure(group, "latent_rel_l2", "{:.3f}"),
+        figure(group, "drift_db_per_segment", "{:+.2f}"),
+        figure(group, "attribute_accuracy", "{:.3f}"),
+        figure(group, "state_bytes", "{:.0f}", 1e-3),
     )
     return "| " + " | ".join(cells) + " |"
 
