@@ -134,7 +134,7 @@ class Objective:
             return self.causal(model, x0, history, noise, context, generator)
         if self.kind == "tiny-next-clip":
             told = clip_levels(generator, len(x0)).expand(-1, frames)
-            prefix = 4 * (torch.rand(len(x0), 1, generator=generator) < 0.75)
+            prefix = 4 * (torch.rand(len(x0), 1, generator=generator) < 0.65)
             sigma = torch.where(torch.arange(frames)[None] < prefix, torch.zeros(()), told)
         else:
             told = sigma = noise_levels(generator, len(x0), frames)
@@ -155,19 +155,46 @@ class Objective:
         """Teacher forcing: clean blocks and noisy blocks in one sequence; a noisy block sees the clean ones before
         it."""
         clips, _, frames = x0.shape[:3]
-        drawn = torch.randn(clips, frames // 4, generator=generator)
+        history = self.resampled(model, x0, history, context, generator)
 
         def answer(network: nn.Module, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
-            clean = frames - 4
-            told = torch.cat((torch.zeros_like(sigma[:, :clean]), sigma), 1)
-            positions = torch.cat((torch.arange(clean), torch.arange(frames)))
-            both = torch.cat((history[:, :, :clean], x), 2)
-            return self.velocity(network, both, told, context, positions, teacher_mask(frames, 16, 4))[:, :, clean:]
+            return self.after(network, history, x, sigma, context)
 
         if self.teacher is not None:
-            return self.consistency(model, x0, noise, context, torch.special.ndtr(drawn), answer)
-        sigma = shifted(torch.sigmoid(drawn), SHIFT).repeat_interleave(4, 1)
+            time = torch.rand(clips, frames // 4, generator=generator)
+            return self.consistency(model, x0, noise, context, time, answer)
+        sigma = clip_levels(generator, clips * frames // 4).view(clips, -1).repeat_interleave(4, 1)
         return (answer(model, torch.lerp(x0, noise, _wide(sigma)), sigma, context) - (noise - x0)).square().mean()
+
+    def after(self, network: nn.Module, history: Tensor, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+        """The answer for noisy blocks ``x`` ``[B, C, T, H, W]``, each after the blocks of ``history`` before it."""
+        frames = x.shape[2]
+        clean = frames - 4
+        told = torch.cat((torch.zeros_like(sigma[:, :clean]), sigma), 1)
+        positions = torch.cat((torch.arange(clean), torch.arange(frames)))
+        both = torch.cat((history[:, :, :clean], x), 2)
+        return self.velocity(network, both, told, context, positions, teacher_mask(frames, 16, 4))[:, :, clean:]
+
+    @torch.no_grad()
+    def resampled(
+        self, model: nn.Module, x0: Tensor, history: Tensor, context: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """History ``[B, C, T, H, W]`` of which half of the clips are as the model itself would have left it: all but
+        the first block made again in two steps from close to pure noise, once or twice over, so that errors add up.
+
+        Self-resampling (Guo et al. 2025, arXiv 2512.15702), all blocks at once instead of one after the other.
+        """
+        half, frames = len(x0) // 2, x0.shape[2]
+        if frames == 4 or half == 0:
+            return history
+        own, context = history[:half], context[:half]
+        for _ in range(int(torch.randint(1, 3, (), generator=generator))):
+            level = shifted(torch.rand(half, frames // 4, generator=generator), NEAR_ONE).repeat_interleave(4, 1)
+            x = torch.lerp(x0[:half], torch.randn(own.shape, generator=generator), _wide(level))
+            x = x - _wide(0.4 * level) * self.after(model, own, x, level, context)
+            x = x - _wide(0.6 * level) * self.after(model, own, x, 0.6 * level, context)
+            own = torch.cat((own[:, :, :4], x[:, :, 4:]), 2)
+        return torch.cat((own, history[half:]))
 
     def consistency(
         self, model: nn.Module, x0: Tensor, noise: Tensor, context: Tensor, time: Tensor, answer: Callable

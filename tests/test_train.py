@@ -5,6 +5,7 @@ import threading
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from demo import train
 from demo.codec import TinyCodec
@@ -123,6 +124,30 @@ def test_distillation_gives_a_finite_loss_and_a_perfect_student_has_none():
             network.head.head.weight.zero_()
             network.head.head.bias.fill_(0.25)  # a constant field: its flow lines are straight
         assert objective.loss(model, 5).item() < 1e-8
+
+
+def test_resampled_history_is_the_models_own_after_a_given_block(monkeypatch):
+    objective = Objective("tiny-causal", TinyCodec.load(), 4, torch.device("cpu"))
+    torch.manual_seed(6)
+    x0, history, context = torch.randn(4, 16, 12, 8, 8), torch.randn(4, 16, 12, 8, 8), torch.randn(4, 64, 64)
+    calls: list[Tensor] = []
+
+    def straight(network, own, x, sigma, context):  # leads to the clip
+        calls.append(own)
+        return (x - x0[:2]) / sigma[:, None, :, None, None]
+
+    monkeypatch.setattr(objective, "after", straight)
+    for seed in range(8):
+        calls.clear()
+        own = objective.resampled(None, x0, history, context, torch.Generator().manual_seed(seed))
+        assert torch.equal(own[2:], history[2:]) and torch.equal(own[:2, :, :4], history[:2, :, :4])
+        assert torch.allclose(own[:2, :, 4:], x0[:2, :, 4:], atol=1e-4)
+        assert torch.equal(calls[0], history[:2]) and len(calls) in (2, 4)
+        if len(calls) == 4:
+            assert torch.allclose(calls[2], own[:2], atol=1e-4), "errors add up: the second time follows the first"
+    calls.clear()
+    one = history[:, :, :4]
+    assert objective.resampled(None, x0[:, :, :4], one, context, torch.Generator()) is one and not calls
 
 
 def test_what_is_written_after_distillation_lies_between_teacher_and_student():
