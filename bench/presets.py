@@ -111,13 +111,17 @@ def fill(table: dict, rows: list[dict], plans: dict[str, SegmentPlan], command: 
 
 
 def store(table: dict, kind: str, plan: SegmentPlan, figures: dict[str, dict], seeds: int, command: str) -> None:
-    """Puts the mean figures of a model's presets into ``table``, with what they rest on."""
+    """Puts the mean figures of a model's presets into ``table``, with what they rest on; what is as it was keeps its
+    date."""
     entry = table["models"][kind]
     entry["schedule"] = schedule(kind, plan)
     told = {"seeds": seeds, "date": date.today().isoformat(), "command": command}
     told["weights"] = digest(MODELS / f"{kind}.safetensors")
     for name, values in figures.items():
-        entry["presets"][name]["measured"] = values | told
+        preset = entry["presets"][name]
+        earlier = {"date": preset.get("measured", {}).get("date")}
+        if preset.get("measured") != values | told | earlier:
+            preset["measured"] = values | told
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field, make_dataclass, replace
+from datetime import date
 
 import pytest
 import torch
@@ -232,6 +233,10 @@ def test_the_command_fills_the_presets_and_only_from_a_whole_table(tmp_path, mon
     assert entry["schedule"] == presets.schedule("tiny-df", PLANS["tiny-df"])
     measured = entry["presets"]["balanced"]["measured"]
     assert measured["seeds"] == 1 and measured["command"] == "make bench"
+    monkeypatch.setattr(presets, "date", type("Later", (), {"today": lambda: date(2099, 1, 1)}))
+    command.main()
+    again = json.loads(table.read_text())["models"]["tiny-df"]["presets"]["balanced"]["measured"]
+    assert again == measured, "what is as it was keeps its date"
     monkeypatch.setattr(command, "WHOLE", replace(SMALL, clips=2))
     monkeypatch.setattr(sys, "argv", ["bench", "--clips", "1", "--stored"])
     command.main()
