@@ -1,9 +1,9 @@
 """Trains the tiny models: ``python -m demo.train {codec,tiny-df,tiny-next-clip,tiny-causal} [--steps N]``.
 
-Flow matching (target v = noise - x0) on clips drawn on the fly, then consistency distillation for the causal model
+Flow matching (target v = noise - x0) on clips drawn on the fly, then guidance distillation for the causal model
 (``--distil``). Muon moves the block matrices, AdamW the rest; warm-up, then linear decay; an exponential moving average
 is what gets written, after distillation its weighted mean with the teacher. Resumable: the state is saved every few
-minutes.
+minutes. ``--mean`` trains nothing and writes the mean of weights instead (model soup, Wortsman et al. 2022).
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def curve_until(start: Path | None, title: str) -> list[tuple[int, float]]:
 
 
 def between(teacher: dict[str, Tensor], distilled: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    """Weights on the straight line from a teacher (``share`` 0) to what was distilled from it (1): few steps are learnt
-    at the cost of many, and a mean of both does well at both (as Wortsman et al. 2022 found of fine-tuned models)."""
+    """Weights on the straight line from a teacher (``share`` 0) to what was distilled from it (1): guidance is learnt
+    at the cost of motion, and a mean of both does well at both (as Wortsman et al. 2022 found of fine-tuned models)."""
     return {name: value.lerp(distilled[name], share) for name, value in teacher.items()}
 
 
@@ -155,6 +155,17 @@ def train(rank: int, options: argparse.Namespace, together: Together) -> None:
             save(step + 1)
 
 
+def soup(kind: str, files: list[Path]) -> None:
+    """Writes the mean of these weights as those of ``kind``: ends of one training one after the other, each a good
+    place in the same valley, whose middle is a better one."""
+    states = [load_model(file).state_dict() for file in files]
+    model = load_model(files[0])
+    if model.config.kind != kind:
+        raise SystemExit(f"{files[0].name} holds a {model.config.kind}; give weights of {kind}.")
+    model.load_state_dict({name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]})
+    save_model(model, MODELS / f"{kind}.safetensors", notes={"mean of": str(len(files))})
+
+
 def fit_codec(seed: int) -> None:
     """Fits the codec and prints what it keeps of held-out clips."""
     codec = TinyCodec.fit(render(simulate(seed, 600, 4)))
@@ -176,18 +187,23 @@ def main() -> None:
     parser.add_argument(
         "--start", choices=("tiny-df", "tiny-next-clip", "tiny-causal"), help="model to start from, if not its own"
     )
-    parser.add_argument("--distil", action="store_true", help="tiny-causal: learn to need few steps, from its weights")
     parser.add_argument(
-        "--share", type=float, default=0.4, help="of the distilled weights in what is written, the rest the teacher's"
+        "--distil", action="store_true", help="tiny-causal: learn to need no guidance, from its weights"
     )
+    parser.add_argument(
+        "--share", type=float, default=0.25, help="of the distilled weights in what is written, the rest the teacher's"
+    )
+    parser.add_argument("--mean", nargs="+", type=Path, metavar="FILE", help="write the mean of these weights instead")
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
     arguments = parser.parse_args()
     if arguments.distil and arguments.kind != "tiny-causal":
-        parser.error("--distil is for tiny-causal, whose sampler in ComfyUI takes four steps")
+        parser.error("--distil is for tiny-causal, whose sampler in ComfyUI takes four steps without guidance")
     if not 0 <= arguments.share <= 1:
         parser.error(f"--share is {arguments.share}; give a share from 0 (the teacher) to 1 (the distilled model)")
     if arguments.kind == "codec":
         fit_codec(arguments.seed)
+    elif arguments.mean:
+        soup(arguments.kind, arguments.mean)
     else:
         together = Together(arguments.workers, sum(p.numel() for p in TinyWan(TinyConfig()).parameters()))
         if arguments.workers == 1:

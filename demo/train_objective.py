@@ -23,9 +23,7 @@ LENGTHS = {  # latent frames of a clip, drawn anew each step; shorter clips, mor
     "tiny-causal": (32, 16, 8, 4, 4),
 }
 NEAR_ONE = 20.0  # noise-level shift of the steps where a sampler settles where things are
-SUBSTEPS = 16  # of the teacher between noise and clip in consistency distillation
-FEW_STEP_SHIFT = 5.0  # noise-level shift of core's 4-step sampler
-TAUGHT_GUIDANCE = 2.0
+TAUGHT_GUIDANCE = (2.6, 1.25)  # of a first block, and of those whose history says where shapes go
 SLIP = 0.08  # most noise that clean history has without being told: a rollout's own history is never perfect
 FORGOTTEN = 0.06  # share of the clips whose history lacks a shape, which a rollout loses behind another at times
 
@@ -81,8 +79,8 @@ class Objective:
     """Draws batches of one regime and gives the loss; ``model`` may be compiled.
 
     Args:
-        clips: clips of 16 frames of one batch; more of shorter ones. teacher: the model whose guided steps a causal one
-            learns to foresee, instead of flow matching. half: makes the forward passes, where a CPU has bfloat16.
+        clips: clips of 16 frames of one batch; more of shorter ones. teacher: the model whose guided velocity a causal
+            one learns, instead of flow matching. half: makes the forward passes, where a CPU has bfloat16.
     """
 
     def __init__(
@@ -155,16 +153,25 @@ class Objective:
         """Teacher forcing: clean blocks and noisy blocks in one sequence; a noisy block sees the clean ones before
         it."""
         clips, _, frames = x0.shape[:3]
-        history = self.resampled(model, x0, history, context, generator)
+        history = self.resampled(self.teacher or model, x0, history, context, generator)
 
         def answer(network: nn.Module, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
             return self.after(network, history, x, sigma, context)
 
-        if self.teacher is not None:
-            time = torch.rand(clips, frames // 4, generator=generator)
-            return self.consistency(model, x0, noise, context, time, answer)
         sigma = clip_levels(generator, clips * frames // 4).view(clips, -1).repeat_interleave(4, 1)
-        return (answer(model, torch.lerp(x0, noise, _wide(sigma)), sigma, context) - (noise - x0)).square().mean()
+        x, wanted = torch.lerp(x0, noise, _wide(sigma)), noise - x0
+        if self.teacher is not None:
+            wanted = self.guided(x, sigma, context, answer)
+        return (answer(model, x, sigma, context) - wanted).square().mean()
+
+    @torch.no_grad()
+    def guided(self, x: Tensor, sigma: Tensor, context: Tensor, answer: Callable) -> Tensor:
+        """The teacher's velocity guided by the prompt (guidance distillation, Meng et al. 2023, arXiv 2210.03142), by
+        ``TAUGHT_GUIDANCE``."""
+        blank = answer(self.teacher, x, sigma, torch.zeros_like(context))
+        first = torch.arange(x.shape[2]) < 4
+        scale = torch.where(first, *map(torch.tensor, TAUGHT_GUIDANCE))[:, None, None]
+        return blank + scale * (answer(self.teacher, x, sigma, context) - blank)
 
     def after(self, network: nn.Module, history: Tensor, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
         """The answer for noisy blocks ``x`` ``[B, C, T, H, W]``, each after the blocks of ``history`` before it."""
@@ -195,22 +202,6 @@ class Objective:
             x = x - _wide(0.6 * level) * self.after(model, own, x, 0.6 * level, context)
             own = torch.cat((own[:, :, :4], x[:, :, 4:]), 2)
         return torch.cat((own, history[half:]))
-
-    def consistency(
-        self, model: nn.Module, x0: Tensor, noise: Tensor, context: Tensor, time: Tensor, answer: Callable
-    ) -> Tensor:
-        """Consistency distillation (Song et al. 2023): the clip foreseen now is the one foreseen after one guided step
-        of the teacher. ``time`` ``[B, blocks]`` uniform in [0, 1]; the first tenth above 0.9 becomes pure noise."""
-        time = (time / 0.9).clamp(max=1).repeat_interleave(4, 1)
-        sigma, after = (shifted(value, FEW_STEP_SHIFT) for value in (time, (time - 1 / SUBSTEPS).clamp(min=0)))
-        x = torch.lerp(x0, noise, _wide(sigma))
-        with torch.no_grad():
-            blank = answer(self.teacher, x, sigma, torch.zeros_like(context))
-            guided = blank + TAUGHT_GUIDANCE * (answer(self.teacher, x, sigma, context) - blank)
-            moved = x + _wide(after - sigma) * guided
-            foreseen = moved - _wide(after) * answer(model, moved, after, context)
-        wanted = (x - foreseen) / _wide(sigma).clamp(min=1e-3)
-        return (answer(model, x, sigma, context) - wanted).square().mean()
 
 
 def _wide(sigma: Tensor) -> Tensor:

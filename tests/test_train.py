@@ -4,6 +4,7 @@ import math
 import threading
 from functools import partial
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from demo.prompt import embed_text, pack
 from demo.train import Together, between, curve_until, newest
 from demo.train_forward import HalfForward, stretches
 from demo.train_muon import Muon, orthogonalise
-from demo.train_objective import Objective, clip_levels, forget, noise_levels, teacher_mask
+from demo.train_objective import TAUGHT_GUIDANCE, Objective, clip_levels, forget, noise_levels, teacher_mask
 
 
 def test_newton_schulz_brings_all_singular_values_close_to_one():
@@ -122,8 +123,38 @@ def test_distillation_gives_a_finite_loss_and_a_perfect_student_has_none():
         assert 0.01 < objective.loss(model, 5).item() < 20
         for network in (model, teacher):
             network.head.head.weight.zero_()
-            network.head.head.bias.fill_(0.25)  # a constant field: its flow lines are straight
+            network.head.head.bias.fill_(0.25)  # heeds no prompt, so that guidance changes nothing
         assert objective.loss(model, 5).item() < 1e-8
+
+
+def test_a_first_block_is_guided_more_than_those_with_history():
+    objective = Objective(
+        "tiny-causal", TinyCodec.load(), 1, torch.device("cpu"), TinyWan(TinyConfig(dim=48, num_heads=2))
+    )
+    x, context = torch.zeros(2, 16, 12, 8, 8), torch.ones(2, 64, 64)
+
+    def answer(network, x, sigma, context):
+        assert network is objective.teacher
+        return 1 + context[:, :1, :1, None, None].expand_as(x)
+
+    guided = objective.guided(x, torch.ones(2, 12), context, answer)
+    first, later = TAUGHT_GUIDANCE
+    assert torch.equal(guided[:, :, :4], torch.full((2, 16, 4, 8, 8), 1 + first))
+    assert torch.equal(guided[:, :, 4:], torch.full((2, 16, 8, 8, 8), 1 + later)) and first > later
+
+
+def test_the_mean_of_weights_is_written_and_other_models_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "MODELS", tmp_path)
+    files = [tmp_path / f"{name}.safetensors" for name in "abc"]
+    for seed, file in enumerate(files):
+        torch.manual_seed(seed)
+        save_model(TinyWan(TinyConfig(dim=48, ffn_dim=64, num_layers=1, num_heads=2, kind="tiny-causal")), file)
+    train.soup("tiny-causal", files)
+    made = load_model(tmp_path / "tiny-causal.safetensors").state_dict()
+    parts = [load_model(file).state_dict() for file in files]
+    assert all(torch.allclose(made[name], sum(part[name] for part in parts) / 3, atol=1e-3) for name in made)
+    with pytest.raises(SystemExit, match="holds a tiny-causal; give weights of tiny-df"):
+        train.soup("tiny-df", files)
 
 
 def test_resampled_history_is_the_models_own_after_a_given_block(monkeypatch):
