@@ -42,23 +42,24 @@ def host_latents(path: Path) -> Tensor:
     return (load_file(path)["latent_tensor"] - mean) / deviation
 
 
-def library_latents(graph: dict[str, dict[str, Any]], model: TinyWan, sampler_id: str) -> Tensor:
+def library_latents(graph: dict[str, dict[str, Any]], model: TinyWan, sampler_id: str, nudge: float = 0.0) -> Tensor:
     """The latents of one sampler of a workflow on a tiny model, in the model's space, from widgets and links alone.
 
     Args:
         graph: API format. model: what the graph's loader would load.
         sampler_id: an AR Segment Sampler whose mode is not left to the host, or a Run Timeline behind core's KSampler
             or Sampler AR Video.
+        nudge: how much larger the start noise is made, relative; to see how the run amplifies rounding errors.
 
     Raises:
         ValueError: the graph holds a setting that this reading of it does not know.
     """
     if core_sampler(graph, sampler_id) != sampler_id:
-        return _core_latents(graph, model, core_sampler(graph, sampler_id))
+        return _core_latents(graph, model, core_sampler(graph, sampler_id), nudge)
     sampler = graph[sampler_id]["inputs"]
     context, negative = _prompts(graph, sampler["positive"][0]), _prompts(graph, sampler["negative"][0])[0]
     frames, seed = graph[sampler["latent_image"][0]]["inputs"]["frames"], _number(graph, sampler["seed"])
-    noise = generate.start_noise(seed, frames)
+    noise = generate.start_noise(seed, frames) * (1.0 + nudge)
     if negative.any() or sampler["history_noise"] or "sigmas" in sampler:
         raise ValueError("The library's twin knows an empty negative prompt, no history noise and no sigmas input.")
     acceleration = _acceleration(graph, sampler["model"][0], model)
@@ -83,21 +84,23 @@ def core_sampler(graph: dict[str, dict[str, Any]], node_id: str) -> str:
     return graph[node_id]["inputs"]["latent"][0] if told else node_id
 
 
-def _core_latents(graph: dict[str, dict[str, Any]], model: TinyWan, sampler_id: str) -> Tensor:
+def _core_latents(graph: dict[str, dict[str, Any]], model: TinyWan, sampler_id: str, nudge: float) -> Tensor:
     """What KSampler and Sampler AR Video make: one segment that all frames denoise together, or causal blocks."""
     given = graph[sampler_id]["inputs"]
     frames = graph[given["latent_image"][0]]["inputs"]["frames"]
     if graph[sampler_id]["class_type"] == "KSampler":
         if (given["sampler_name"], given["scheduler"], given["cfg"]) != ("euler", "simple", 1.0):
             raise ValueError("The library's twin of KSampler knows Euler over the simple schedule at cfg 1.")
-        noise, context = generate.start_noise(given["seed"], frames), _prompts(graph, given["positive"][0])
+        noise = generate.start_noise(given["seed"], frames) * (1.0 + nudge)
+        context = _prompts(graph, given["positive"][0])
         plan = SegmentPlan(frames, frames, block=frames, steps=given["steps"])
         acceleration = _acceleration(graph, given["model"][0], model)
         with torch.inference_mode():
             return generate.sample(model, context, noise, acceleration, plan, guidance=1.0).latents
     guider, levels = (graph[given[name][0]]["inputs"] for name in ("guider", "sigmas"))
     seed = graph[given["noise"][0]]["inputs"]["noise_seed"]
-    noise, context = generate.start_noise(seed, frames), _prompts(graph, guider["conditioning"][0])
+    noise = generate.start_noise(seed, frames) * (1.0 + nudge)
+    context = _prompts(graph, guider["conditioning"][0])
     acceleration = _acceleration(graph, guider["model"][0], model)
     steps = {"steps": levels["steps"], "renoise_seed": seed}
     with torch.inference_mode():

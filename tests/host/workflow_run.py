@@ -21,6 +21,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from demo.model import MODELS, load_model
 from tests.host.comfy import PACK_ROOT, ComfyServer, find_comfy
 from tests.host.workflow_library import host_latents, library_latents
@@ -43,6 +45,8 @@ OF_CORE = "ARVARunTimeline"  # gives latent and timeline of one of core's sample
 LATENT_NODE = "latent of "
 RUN_SECONDS = 1800.0
 AGREEMENT = 1e-3
+AMPLIFIED = 1e-2  # allowed at most, of a run that makes more than AGREEMENT of one rounding error
+ROUNDING = 2.0**-23  # a unit in the last place of fp32
 THUMBNAIL_ROWS, THUMBNAIL_SIZE, THUMBNAIL_BYTES = 3, 160, 60_000
 
 Graph = dict[str, dict[str, Any]]
@@ -189,20 +193,31 @@ def _server(root: Path | None, server: ComfyServer | None) -> Iterator[ComfyServ
             yield own
 
 
-def disagreement(graph: Graph, run: WorkflowRun, models: Path = MODELS) -> float:
-    """How far the host's latents are from those the library makes of the same graph and checkpoint.
+def disagreement(graph: Graph, run: WorkflowRun, models: Path = MODELS) -> tuple[float, float]:
+    """How far the host's latents are from those the library makes of the same graph, and how far they may be.
 
-    The norm of the difference over the norm of the latents, the largest of all samplers. It is not the largest single
-    difference, because a causal rollout doubles rounding errors with every block: 1e-6 more start noise moves single
-    values of the last block by almost 1e-2.
+    The norm of the difference over the norm of the latents, of the sampler that comes closest to what is allowed or
+    exceeds it most. It is not the largest single difference, because a causal rollout amplifies rounding errors with
+    every block: 1e-6 more start noise moves single values of the last block by almost 1e-2.
+
+    ``AGREEMENT`` is allowed. Over many blocks rounding alone makes more than that; then twice what the library's own
+    latents move by when its start noise is a unit in the last place larger, but ``AMPLIFIED`` at most.
     """
     (loader,) = nodes_of(graph, "UNETLoader")
     model = load_model(models / graph[loader]["inputs"]["unet_name"])
-    errors = []
+    pairs = []
     for sampler, made in run.samplers.items():
         expected = library_latents(graph, model, sampler)
-        errors.append(float((host_latents(made.latent) - expected).norm() / expected.norm()))
-    return max(errors)
+        difference, allowed = _relative(host_latents(made.latent), expected), AGREEMENT
+        if difference > AGREEMENT:
+            moved = _relative(library_latents(graph, model, sampler, ROUNDING), expected)
+            allowed = min(max(AGREEMENT, 2.0 * moved), AMPLIFIED)
+        pairs.append((difference, allowed))
+    return max(pairs, key=lambda pair: pair[0] / pair[1])
+
+
+def _relative(latents: Tensor, expected: Tensor) -> float:
+    return float((latents - expected).norm() / expected.norm())
 
 
 def thumbnail(videos: Sequence[Path]) -> bytes:
@@ -250,13 +265,14 @@ def main() -> None:
         return
     agree = True
     for name, run in run_workflows(root, options.names or NAMES, options.target).items():
-        difference = disagreement(load_graph(name), run)
-        agree &= difference <= AGREEMENT
+        difference, allowed = disagreement(load_graph(name), run)
+        agree &= difference <= allowed
         for made in run.samplers.values():
             print(f"{name} in ComfyUI: {made.timeline}\n{made.report}")
-        print(
-            f"ComfyUI's latents and the library's differ by {difference:.1e} of their norm (allowed {AGREEMENT:g}).\n"
+        limit = (
+            f"{allowed:g}" if allowed == AGREEMENT else f"{allowed:.1e}, twice what a rounding error makes of itself"
         )
+        print(f"ComfyUI's latents and the library's differ by {difference:.1e} of their norm (allowed {limit}).\n")
         if options.thumbnails:
             (WORKFLOWS / f"{name}.jpg").write_bytes(thumbnail(run.videos))
     if not agree:
